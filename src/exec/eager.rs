@@ -1,0 +1,446 @@
+//! The forward pass in stock candle operations, `[N, C, H, W]`: the reference for every other
+//! executor, and the way to CUDA and Metal. Differentiable.
+//!
+//! Where a candle operation is wrong or cannot be differentiated (grouped convolutions cost a
+//! kernel a group, max-pooling's gradient is scaled wrongly and refused for overlapping windows,
+//! the fused layer norm and softmax cut the graph), the result is composed from operations that
+//! are right.
+
+use std::collections::BTreeMap;
+
+use candle_core::{D, Result, Tensor, bail};
+use candle_nn::ops::softmax;
+use candle_nn::var_builder::VarBuilder;
+use rand::RngExt;
+use rand_chacha::ChaCha8Rng;
+
+use super::params::fetch;
+use crate::graph::{Activation, Conv2d, Graph, NodeId, Op, Padding, Pool2d};
+use crate::kernels::resample;
+
+/// A network whose parameters are candle tensors.
+pub struct Eager {
+    graph: Graph,
+    /// Each node's parameters, in the order of [`crate::graph::Node::parameters`].
+    parameters: Vec<Vec<Tensor>>,
+}
+
+/// What distinguishes training from evaluation.
+pub enum Mode<'a> {
+    /// Batch norm on its running statistics, no dropout.
+    Eval,
+    Train(&'a mut Training),
+}
+
+/// The state of a forward pass in training mode.
+pub struct Training {
+    /// Draws the dropout masks.
+    pub rng: ChaCha8Rng,
+    /// Whether dropout is applied.
+    pub dropout: bool,
+    /// Filled by the forward pass: running means and variances by parameter name, updated with the
+    /// batch's.
+    pub running: BTreeMap<String, Tensor>,
+}
+
+impl Training {
+    pub fn new(rng: ChaCha8Rng) -> Self {
+        Self {
+            rng,
+            dropout: true,
+            running: BTreeMap::new(),
+        }
+    }
+}
+
+/// What a forward pass shows to its observer.
+pub enum Observed<'a> {
+    /// A node's output: `[N, C, H, W]`, `[N, T, D]` or `[N, F]`.
+    Output(&'a Tensor),
+    /// A self-attention node's weights after softmax: `[N, heads, T, T]`, rows sum to 1.
+    Attention(&'a Tensor),
+}
+
+impl Eager {
+    /// Takes the graph's parameters from `vb`, under their own names.
+    pub fn new(graph: Graph, vb: &VarBuilder) -> Result<Self> {
+        let parameters = graph
+            .nodes()
+            .iter()
+            .map(|node| node.parameters.iter().map(|p| fetch(vb, p)).collect())
+            .collect::<Result<_>>()?;
+        Ok(Self { graph, parameters })
+    }
+
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// Logits `[N, classes]` for images `[N, 3, H, W]`, in evaluation mode.
+    pub fn forward(&self, images: &Tensor) -> Result<Tensor> {
+        self.forward_observed(images, Mode::Eval, &mut |_, _| Ok(()))
+    }
+
+    /// The forward pass in either mode, with every node's output shown to `observe`.
+    pub fn forward_observed(
+        &self,
+        images: &Tensor,
+        mut mode: Mode,
+        observe: &mut dyn FnMut(NodeId, Observed) -> Result<()>,
+    ) -> Result<Tensor> {
+        let mut readers_left = self.graph.reader_counts();
+        let mut values: Vec<Option<Tensor>> = vec![None; readers_left.len()];
+        for id in self.graph.ids() {
+            let inputs: Vec<Tensor> = self
+                .graph
+                .node(id)
+                .inputs
+                .iter()
+                .map(|i| values[i.index()].clone().expect("inputs come before readers"))
+                .collect();
+            let value = match self.graph.node(id).op {
+                Op::Input => images.clone(),
+                _ => self.evaluate(id, &inputs, images.dims(), &mut mode, observe)?,
+            };
+            observe(id, Observed::Output(&value))?;
+            values[id.index()] = Some(value);
+            for input in &self.graph.node(id).inputs {
+                readers_left[input.index()] -= 1;
+                if readers_left[input.index()] == 0 {
+                    values[input.index()] = None;
+                }
+            }
+        }
+        let logits = values.pop().flatten();
+        logits.ok_or_else(|| candle_core::Error::Msg("the network has no output".into()))
+    }
+
+    fn evaluate(
+        &self,
+        id: NodeId,
+        inputs: &[Tensor],
+        image_dims: &[usize],
+        mode: &mut Mode,
+        observe: &mut dyn FnMut(NodeId, Observed) -> Result<()>,
+    ) -> Result<Tensor> {
+        let node = self.graph.node(id);
+        let parameters = &self.parameters[id.index()];
+        let x = &inputs[0];
+        match node.op {
+            Op::Input => Ok(x.clone()),
+            Op::Conv2d(ref c) => conv2d(c, x, &parameters[0], parameters.get(1)),
+            Op::BatchNorm { eps, momentum, .. } => match mode {
+                Mode::Eval => {
+                    let [weight, bias, mean, variance] = four(parameters);
+                    normalize(x, weight, bias, mean, variance, eps)
+                }
+                Mode::Train(training) => {
+                    let (y, running) = train_batch_norm(&node.name, x, parameters, eps, momentum)?;
+                    for (parameter, value) in node.parameters[2..].iter().zip(running) {
+                        training.running.insert(parameter.name.clone(), value);
+                    }
+                    Ok(y)
+                }
+            },
+            Op::Activation(activation) => activate(activation, x),
+            Op::Add => x + &inputs[1],
+            Op::Multiply => x.broadcast_mul(&inputs[1]),
+            Op::Concat => Tensor::cat(inputs, 1),
+            Op::Slice { start, length } => x.narrow(1, start, length)?.contiguous(),
+            Op::ChannelShuffle { groups } => {
+                let (n, c, h, w) = x.dims4()?;
+                x.reshape((n, groups, c / groups, h * w))?
+                    .transpose(1, 2)?
+                    .reshape((n, c, h, w))
+            }
+            Op::MaxPool(pool) => {
+                let x = pad_with(x, pool.padding, f64::from(f32::MIN))?;
+                let mut taps = windows(&x, [pool.kernel; 2], pool.stride)?.into_iter();
+                let first = taps.next().expect("a window has a pixel");
+                taps.try_fold(first, |max, tap| max.maximum(&tap))
+            }
+            Op::AvgPool(Pool2d {
+                kernel,
+                stride,
+                padding,
+            }) => {
+                let x = pad(x, Padding::Symmetric(padding), [kernel; 2], stride)?;
+                let mut taps = windows(&x, [kernel; 2], stride)?.into_iter();
+                let first = taps.next().expect("a window has a pixel");
+                let sum = taps.try_fold(first, |sum, tap| sum + tap)?;
+                sum / (kernel * kernel) as f64
+            }
+            Op::GlobalAvgPool => x.mean_keepdim((2, 3)),
+            Op::Flatten => x.flatten_from(1),
+            Op::Dropout { p } => match mode {
+                Mode::Train(training) if training.dropout && p > 0.0 => {
+                    let keep = 1.0 - p;
+                    let scale = |_| {
+                        let kept = training.rng.random::<f64>() < keep;
+                        if kept { (1.0 / keep) as f32 } else { 0.0 }
+                    };
+                    let mask: Vec<f32> = (0..x.elem_count()).map(scale).collect();
+                    x * Tensor::from_vec(mask, x.shape(), x.device())?
+                }
+                _ => Ok(x.clone()),
+            },
+            Op::Linear { .. } => linear(x, &parameters[0], parameters.get(1)),
+            Op::Tokens => x.flatten_from(2)?.transpose(1, 2)?.contiguous(),
+            Op::ClassToken { dim } => {
+                let token = parameters[0].broadcast_as((x.dim(0)?, 1, dim))?;
+                Tensor::cat(&[&token, x], 1)
+            }
+            Op::PositionEmbedding {
+                grid,
+                prefix,
+                patch,
+                interpolation,
+                ..
+            } => {
+                let target = [image_dims[2] / patch, image_dims[3] / patch];
+                let positions = &parameters[0];
+                if target == [grid, grid] {
+                    return x.broadcast_add(positions);
+                }
+                let head = positions.narrow(1, 0, prefix)?;
+                let body = positions.narrow(1, prefix, grid * grid)?;
+                let dim = body.dim(2)?;
+                let along = |to: usize| {
+                    let weights = resample::position_weights(interpolation, grid, to);
+                    Tensor::from_vec(weights, (to, grid), x.device())
+                };
+                let rows = along(target[0])?.matmul(&body.reshape((grid, grid * dim))?)?;
+                let rows = rows.reshape((target[0], grid, dim))?;
+                let body = along(target[1])?
+                    .broadcast_left(target[0])?
+                    .contiguous()?
+                    .matmul(&rows)?
+                    .reshape((1, target[0] * target[1], dim))?;
+                x.broadcast_add(&Tensor::cat(&[&head, &body], 1)?)
+            }
+            Op::LayerNorm { eps, .. } => {
+                let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+                let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+                centred
+                    .broadcast_div(&(variance + eps)?.sqrt()?)?
+                    .broadcast_mul(&parameters[0])?
+                    .broadcast_add(&parameters[1])
+            }
+            Op::SelfAttention { dim, heads } => {
+                let [in_weight, in_bias, out_weight, out_bias] = four(parameters);
+                let (n, t, _) = x.dims3()?;
+                let width = dim / heads;
+                let qkv = linear(x, in_weight, Some(in_bias))?
+                    .reshape((n, t, 3, heads, width))?
+                    .permute((2, 0, 3, 1, 4))?;
+                let part = |i: usize| qkv.get(i)?.contiguous();
+                let query = (part(0)? * (1.0 / (width as f64).sqrt()))?;
+                let scores = query.matmul(&part(1)?.transpose(2, 3)?.contiguous()?)?;
+                let weights = softmax(&scores, D::Minus1)?;
+                observe(id, Observed::Attention(&weights))?;
+                let mixed = weights
+                    .matmul(&part(2)?)?
+                    .transpose(1, 2)?
+                    .reshape((n, t, dim))?;
+                linear(&mixed, out_weight, Some(out_bias))
+            }
+            Op::SelectToken { index } => x.narrow(1, index, 1)?.squeeze(1)?.contiguous(),
+        }
+    }
+}
+
+fn four(parameters: &[Tensor]) -> [&Tensor; 4] {
+    [
+        &parameters[0],
+        &parameters[1],
+        &parameters[2],
+        &parameters[3],
+    ]
+}
+
+/// A vector over the channels, shaped to broadcast over `[N, C, H, W]`.
+fn per_channel(vector: &Tensor) -> Result<Tensor> {
+    vector.reshape((1, (), 1, 1))
+}
+
+fn normalize(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    mean: &Tensor,
+    variance: &Tensor,
+    eps: f64,
+) -> Result<Tensor> {
+    let scale = (weight / (variance + eps)?.sqrt()?)?;
+    let shift = (bias - (mean * &scale)?)?;
+    x.broadcast_mul(&per_channel(&scale)?)?
+        .broadcast_add(&per_channel(&shift)?)
+}
+
+/// Batch norm on the batch's statistics; also the updated running mean and (unbiased) variance.
+fn train_batch_norm(
+    name: &str,
+    x: &Tensor,
+    parameters: &[Tensor],
+    eps: f64,
+    momentum: f64,
+) -> Result<(Tensor, [Tensor; 2])> {
+    let [weight, bias, running_mean, running_variance] = four(parameters);
+    let (n, c, h, w) = x.dims4()?;
+    let count = n * h * w;
+    if count < 2 {
+        bail!(
+            "layer {name}: one value a channel has no variance to train on (use a larger batch or larger images)"
+        );
+    }
+    // Channels first, so that each statistic is a sum over contiguous values.
+    let rows = x.transpose(0, 1)?.contiguous()?.reshape((c, count))?;
+    let mean = rows.mean_keepdim(1)?;
+    let centred = rows.broadcast_sub(&mean)?;
+    let variance = centred.sqr()?.mean_keepdim(1)?;
+    let scale = (weight.reshape((c, 1))? / (&variance + eps)?.sqrt()?)?;
+    let y = centred
+        .broadcast_mul(&scale)?
+        .broadcast_add(&bias.reshape((c, 1))?)?
+        .reshape((c, n, h, w))?
+        .transpose(0, 1)?
+        .contiguous()?;
+    let unbiased = (variance.detach().flatten_all()? * (count as f64 / (count - 1) as f64))?;
+    let blend = |old: &Tensor, new: &Tensor| (old.detach() * (1.0 - momentum))? + (new * momentum)?;
+    let running = [
+        blend(running_mean, &mean.detach().flatten_all()?)?,
+        blend(running_variance, &unbiased)?,
+    ];
+    Ok((y, running))
+}
+
+fn activate(activation: Activation, x: &Tensor) -> Result<Tensor> {
+    let hard_sigmoid = |x: &Tensor| (x + 3.0)?.clamp(0.0, 6.0)? / 6.0;
+    match activation {
+        Activation::Relu => x.relu(),
+        Activation::Relu6 => x.clamp(0.0, 6.0),
+        Activation::HardSigmoid => hard_sigmoid(x),
+        Activation::HardSwish => x * hard_sigmoid(x)?,
+        Activation::Gelu => x.gelu_erf(),
+    }
+}
+
+/// `x` `[.., in]` times the transposed weight `[out, in]`.
+fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let mut dims = x.dims().to_vec();
+    let rows = x.reshape(((), x.dim(D::Minus1)?))?;
+    let y = rows.matmul(&weight.t()?)?;
+    let y = match bias {
+        Some(bias) => y.broadcast_add(bias)?,
+        None => y,
+    };
+    if let Some(last) = dims.last_mut() {
+        *last = weight.dim(0)?;
+    }
+    y.reshape(dims)
+}
+
+fn conv2d(c: &Conv2d, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let y = if c.groups == 1 {
+        match c.padding {
+            Padding::Symmetric(p) => x.conv2d(weight, p, c.stride, 1, 1)?,
+            Padding::Same => {
+                pad(x, c.padding, c.kernel, c.stride)?.conv2d(weight, 0, c.stride, 1, 1)?
+            }
+        }
+    } else if c.is_depthwise() {
+        depthwise(c, x, weight)?
+    } else {
+        grouped(c, x, weight)?
+    };
+    match bias {
+        Some(bias) => y.broadcast_add(&per_channel(bias)?),
+        None => Ok(y),
+    }
+}
+
+/// Sum over the kernel's taps of the shifted image times that tap's weight for each channel.
+fn depthwise(c: &Conv2d, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let taps = windows(&pad(x, c.padding, c.kernel, c.stride)?, c.kernel, c.stride)?;
+    let weight = weight.reshape((c.out_channels, taps.len()))?;
+    let mut sum: Option<Tensor> = None;
+    for (index, tap) in taps.iter().enumerate() {
+        let scale = per_channel(&weight.narrow(1, index, 1)?.contiguous()?)?;
+        let product = tap.broadcast_mul(&scale)?;
+        sum = Some(match sum {
+            Some(sum) => (sum + product)?,
+            None => product,
+        });
+    }
+    sum.ok_or_else(|| candle_core::Error::Msg("a kernel without taps".into()))
+}
+
+/// One batched matrix product over images and groups, on the unfolded image.
+fn grouped(c: &Conv2d, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let taps = windows(&pad(x, c.padding, c.kernel, c.stride)?, c.kernel, c.stride)?;
+    let (n, _, h, w) = taps[0].dims4()?;
+    let (inputs, outputs) = (c.in_channels / c.groups, c.out_channels / c.groups);
+    let columns = taps
+        .iter()
+        .map(|tap| tap.contiguous()?.reshape((n, c.groups, inputs, h * w)))
+        .collect::<Result<Vec<_>>>()?;
+    let columns = Tensor::stack(&columns, 3)?;
+    let columns = columns.reshape((n, c.groups, inputs * taps.len(), h * w))?;
+    weight
+        .reshape((1, c.groups, outputs, inputs * taps.len()))?
+        .broadcast_as((n, c.groups, outputs, inputs * taps.len()))?
+        .contiguous()?
+        .matmul(&columns)?
+        .reshape((n, c.out_channels, h, w))
+}
+
+/// Zeros around an image `[N, C, H, W]`.
+fn pad(x: &Tensor, padding: Padding, kernel: [usize; 2], stride: usize) -> Result<Tensor> {
+    let (_, _, h, w) = x.dims4()?;
+    let (top, bottom) = padding.amounts(h, kernel[0], stride);
+    let (left, right) = padding.amounts(w, kernel[1], stride);
+    x.pad_with_zeros(2, top, bottom)?.pad_with_zeros(3, left, right)
+}
+
+/// `amount` rows and columns of `value` on every side of an image `[N, C, H, W]`.
+fn pad_with(x: &Tensor, amount: usize, value: f64) -> Result<Tensor> {
+    if amount == 0 {
+        return Ok(x.clone());
+    }
+    let (n, c, h, w) = x.dims4()?;
+    let filled = |h, w| Tensor::full(value as f32, (n, c, h, w), x.device());
+    let side = filled(h, amount)?;
+    let edge = filled(amount, w + 2 * amount)?;
+    let wide = Tensor::cat(&[&side, x, &side], 3)?;
+    Tensor::cat(&[&edge, &wide, &edge], 2)
+}
+
+/// The image as each tap of the kernel sees it: kh·kw tensors `[N, C, H', W']`, row by row.
+fn windows(x: &Tensor, [kh, kw]: [usize; 2], stride: usize) -> Result<Vec<Tensor>> {
+    let (n, c, h, w) = x.dims4()?;
+    let out_h = (h - kh) / stride + 1;
+    let out_w = (w - kw) / stride + 1;
+    let taps = (0..kh).flat_map(|ky| (0..kw).map(move |kx| (ky, kx)));
+    if stride == 1 {
+        return taps
+            .map(|(ky, kx)| x.narrow(2, ky, out_h)?.narrow(3, kx, out_w))
+            .collect();
+    }
+    // candle has no strided slice: split rows and columns into phases, then slice a phase.
+    let (tall, wide) = (h.div_ceil(stride), w.div_ceil(stride));
+    let phases = x
+        .pad_with_zeros(2, 0, tall * stride - h)?
+        .pad_with_zeros(3, 0, wide * stride - w)?
+        .contiguous()?
+        .reshape(&[n, c, tall, stride, wide, stride][..])?;
+    taps.map(|(ky, kx)| {
+        phases
+            .narrow(3, ky % stride, 1)?
+            .narrow(5, kx % stride, 1)?
+            .squeeze(5)?
+            .squeeze(3)?
+            .narrow(2, ky / stride, out_h)?
+            .narrow(3, kx / stride, out_w)
+    })
+    .collect()
+}

@@ -1,0 +1,9 @@
+//! sconce classifies images from a terminal, with networks that candle holds and our own plans run.
+//!
+//! The rooms, each of which uses only those below it: [`cli`], [`report`], [`data`], [`weights`],
+//! [`models`], [`exec`], [`kernels`], [`graph`].
+
+pub mod exec;
+pub mod graph;
+pub mod kernels;
+pub mod models;

@@ -1,0 +1,74 @@
+//! The networks: one file a family, and the registry of published weights.
+//!
+//! A family is a configuration (what its papers vary) and a function that turns the configuration
+//! into a [`Graph`]. A variant is a row of [`registry`].
+
+pub mod mobilenet_v2;
+mod preprocessing;
+pub mod registry;
+pub mod resnet;
+
+use serde::{Deserialize, Serialize};
+
+pub use preprocessing::{IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocessing};
+pub use registry::{Choice, ModelRow, Pretrained, Source};
+
+use crate::graph::Graph;
+
+/// A family and its configuration: all that is needed to build the network again.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "family", rename_all = "snake_case")]
+pub enum Architecture {
+    #[serde(rename = "resnet")]
+    ResNet(resnet::Config),
+    #[serde(rename = "mobilenet_v2")]
+    MobileNetV2(mobilenet_v2::Config),
+}
+
+impl Architecture {
+    /// The network with a head for so many classes.
+    pub fn graph(&self, num_classes: usize) -> Graph {
+        match self {
+            Architecture::ResNet(c) => resnet::graph(c, num_classes),
+            Architecture::MobileNetV2(c) => mobilenet_v2::graph(c, num_classes),
+        }
+    }
+
+    /// The family's name, as its paper writes it.
+    pub fn family(&self) -> &'static str {
+        match self {
+            Architecture::ResNet(c) if c.groups > 1 => "ResNeXt",
+            Architecture::ResNet(_) => "ResNet",
+            Architecture::MobileNetV2(_) => "MobileNetV2",
+        }
+    }
+
+    /// What is wrong with the configuration, for one that comes from a file.
+    pub fn check(&self) -> Result<(), String> {
+        match self {
+            Architecture::ResNet(c) => c.check(),
+            Architecture::MobileNetV2(c) => c.check(),
+        }
+    }
+}
+
+/// The nearest multiple of `divisor`, but not under nine tenths of `value` nor under `divisor`:
+/// the rounding that the MobileNet papers' code applies to scaled widths.
+pub(crate) fn make_divisible(value: f64, divisor: usize) -> usize {
+    let rounded = (value + divisor as f64 / 2.0) as usize / divisor * divisor;
+    let rounded = rounded.max(divisor);
+    if (rounded as f64) < 0.9 * value {
+        rounded + divisor
+    } else {
+        rounded
+    }
+}
+
+/// Checks a width multiplier that comes from a file.
+pub(crate) fn check_width(width: f64) -> Result<(), String> {
+    if width.is_finite() && (0.05..=16.0).contains(&width) {
+        Ok(())
+    } else {
+        Err(format!("width multiplier {width} is not within 0.05 to 16"))
+    }
+}
