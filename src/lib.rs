@@ -3,7 +3,11 @@
 //! The rooms, each of which uses only those below it: [`cli`], [`report`], [`data`], [`weights`],
 //! [`models`], [`exec`], [`kernels`], [`graph`].
 
+pub mod cli;
+pub mod data;
 pub mod exec;
 pub mod graph;
 pub mod kernels;
 pub mod models;
+pub mod report;
+pub mod weights;

@@ -1,1 +1,63 @@
-fn main() {}
+//! Parses the command line, runs it, prints one error, and sets the exit code.
+
+use std::io;
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+use sconce::cli::{self, Cli};
+
+/// Nothing could be done.
+const FAILURE: u8 = 2;
+
+fn main() -> ExitCode {
+    quiet_decoders();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    match cli.run() {
+        Ok(outcome) => ExitCode::from(outcome.exit_code()),
+        // Whoever read the results has read enough.
+        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            cli::complain(&format!("{error:#}"));
+            ExitCode::from(FAILURE)
+        }
+    }
+}
+
+/// A decoder that panics has met a broken image, which is reported as such.
+fn quiet_decoders() {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let thread = std::thread::current();
+        let decoding = thread.name().is_some_and(|n| n.starts_with(sconce::data::THREAD_NAME));
+        if !decoding {
+            hook(info);
+        }
+    }));
+}
+
+fn usage(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            let _ = error.print();
+            ExitCode::SUCCESS
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = error.print();
+            ExitCode::from(FAILURE)
+        }
+        _ => {
+            let text = error.render().to_string();
+            cli::complain(text.trim_start_matches("error: ").trim_end());
+            ExitCode::from(FAILURE)
+        }
+    }
+}
+
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    let closed = |e: &io::Error| e.kind() == io::ErrorKind::BrokenPipe;
+    error.chain().any(|cause| cause.downcast_ref().is_some_and(closed))
+}

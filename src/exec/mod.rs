@@ -2,8 +2,10 @@
 //! operations on any device, [`cpu`] with a compiled plan of our own kernels.
 
 pub mod cpu;
+mod device;
 pub mod eager;
 pub mod params;
 mod runner;
 
+pub use device::{DeviceChoice, DeviceError};
 pub use runner::Runner;

@@ -1,0 +1,249 @@
+use std::io;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::{Global, Outcome, complain};
+use crate::data::{self, Decoder, Inputs, Loaded, Loader, Next, PathList, Prepared, mirror};
+use crate::exec::Runner;
+use crate::report::{self, Prediction, Ranking, Record, Writer};
+use crate::weights::{Model, resolve};
+
+/// Say what is in images
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  sconce classify photo.jpg
+  sconce classify photos/ 'more/*.png' --top-k 1
+  sconce classify photos/ --format jsonl > labels.jsonl
+  find . -name '*.jpg' -print0 | sconce classify --files-from - -0 --format csv
+  curl -s https://example.org/cat.jpg | sconce classify -
+  sconce classify -m resnet50 --weights resnet50.safetensors photo.jpg")]
+pub struct Arguments {
+    /// Images: files, folders (with all below them), quoted globs, `-` for bytes on standard input
+    #[arg(value_name = "INPUT")]
+    inputs: Vec<PathBuf>,
+    /// Read paths from a file, one a line, or from standard input (`-`)
+    #[arg(long, value_name = "FILE|-")]
+    files_from: Option<PathBuf>,
+    /// Paths of --files-from end in NUL
+    #[arg(short = '0', requires = "files_from")]
+    nul: bool,
+    /// How many classes to name
+    #[arg(short = 'k', long, value_name = "N", default_value = "5")]
+    top_k: NonZeroUsize,
+    /// Divide logits by this before softmax, above 0 [default: the model's, else 1]
+    #[arg(short = 'T', long, value_name = "T", value_parser = temperature)]
+    temperature: Option<f64>,
+    /// Images that go through the network together
+    #[arg(short, long, value_name = "N", default_value = "8")]
+    batch_size: NonZeroUsize,
+    /// How to print results
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    format: Format,
+    /// Print all logits too, in class order, before temperature
+    #[arg(long)]
+    logits: bool,
+    /// Leave out classes that are less probable
+    #[arg(long, value_name = "P", default_value = "0", value_parser = probability)]
+    min_probability: f64,
+    /// Average the logits of each image and its mirror image
+    #[arg(long)]
+    tta: bool,
+    /// Put transparent images on this colour (white, #rgb, ...) instead of dropping transparency
+    #[arg(long, value_name = "COLOR", value_parser = data::parse_color)]
+    background: Option<[u8; 3]>,
+    /// Refuse images of more pixels
+    #[arg(long, value_name = "N", default_value_t = 100_000_000)]
+    max_pixels: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// For people
+    Text,
+    /// One array
+    Json,
+    /// An object a line
+    Jsonl,
+    Csv,
+}
+
+impl From<Format> for report::Format {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Text => report::Format::Text,
+            Format::Json => report::Format::Json,
+            Format::Jsonl => report::Format::JsonLines,
+            Format::Csv => report::Format::Csv,
+        }
+    }
+}
+
+fn temperature(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(t) if t > 0.0 && f64::is_finite(t) => Ok(t),
+        _ => Err("expected a number above 0".into()),
+    }
+}
+
+fn probability(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(p) if (0.0..=1.0).contains(&p) => Ok(p),
+        _ => Err("expected a number from 0 to 1".into()),
+    }
+}
+
+/// A batch that is not full waits so long for one more image.
+const PATIENCE: Duration = Duration::from_millis(20);
+
+pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
+    if arguments.inputs.is_empty() && arguments.files_from.is_none() {
+        anyhow::bail!(
+            "classify: no images given (name files, folders or globs, or - for standard input)"
+        );
+    }
+    let dashes = arguments.inputs.iter().chain(&arguments.files_from);
+    if dashes.filter(|path| path.as_os_str() == "-").count() > 1 {
+        anyhow::bail!("classify: standard input can be read once only (give one -)");
+    }
+    let list = arguments.files_from.as_deref();
+    let list = list
+        .map(|path| PathList::open(path, arguments.nul))
+        .transpose()
+        .context("--files-from")?;
+    let started = Instant::now();
+    let model = resolve(&global.request())?;
+    let device = global.device.open()?;
+    let decoder = Decoder {
+        max_pixels: arguments.max_pixels,
+        background: arguments.background,
+    };
+    // Decoding begins while the network is made ready.
+    let inputs = Inputs::new(arguments.inputs.clone(), list);
+    let loader = Loader::start(inputs, decoder, model.preprocessing, global.threads())
+        .context("cannot start threads")?;
+    let runner = model.runner(&device, global.threads())?;
+    global.verbose(|| {
+        let weights = model.weights_from().unwrap_or("none (random)");
+        format!(
+            "{}: weights {weights}, {} threads, ready in {:.0} ms",
+            model.name,
+            global.threads(),
+            started.elapsed().as_secs_f64() * 1e3
+        )
+    });
+    let mut work = Work {
+        ranking: Ranking {
+            top_k: arguments.top_k.get(),
+            temperature: arguments.temperature.unwrap_or(model.temperature),
+            min_probability: arguments.min_probability,
+        },
+        model,
+        runner,
+        writer: Writer::new(global.stdout().lock(), arguments.format.into())?,
+        progress: progress(global.shows_progress()),
+        logits: arguments.logits,
+        tta: arguments.tta,
+        done: 0,
+        failed: 0,
+    };
+    work.all(&loader, arguments.batch_size.get())?;
+    work.progress.finish_and_clear();
+    work.writer.finish()?;
+    global.verbose(|| {
+        let seconds = started.elapsed().as_secs_f64();
+        let rate = work.done as f64 / seconds;
+        format!("{} images in {seconds:.2} s, {rate:.1} a second", work.done)
+    });
+    Ok(Outcome::of(work.done, work.failed))
+}
+
+fn progress(shown: bool) -> ProgressBar {
+    if !shown {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{spinner} {pos} images, {per_sec}, {elapsed}");
+    let style = style.unwrap_or_else(|_| ProgressStyle::default_spinner());
+    ProgressBar::no_length().with_style(style)
+}
+
+/// A run of `classify`.
+struct Work<W: io::Write> {
+    model: Model,
+    runner: Runner,
+    ranking: Ranking,
+    writer: Writer<W>,
+    progress: ProgressBar,
+    logits: bool,
+    tta: bool,
+    done: usize,
+    failed: usize,
+}
+
+impl<W: io::Write> Work<W> {
+    /// Takes images as they come, and hands a batch on when it is full or nothing more comes.
+    fn all(&mut self, loader: &Loader, batch_size: usize) -> anyhow::Result<()> {
+        let mut pending: Vec<Loaded> = Vec::new();
+        loop {
+            let wait = (!pending.is_empty()).then_some(PATIENCE);
+            match loader.next(wait) {
+                Next::Image(image) => pending.push(image),
+                Next::Waiting => self.batch(&mut pending)?,
+                Next::End => return self.batch(&mut pending),
+            }
+            if pending.len() == batch_size {
+                self.batch(&mut pending)?;
+            }
+        }
+    }
+
+    fn batch(&mut self, pending: &mut Vec<Loaded>) -> anyhow::Result<()> {
+        let images: Vec<&Prepared> = pending.iter().filter_map(|l| l.result.as_ref().ok()).collect();
+        let logits = self.classify(&images)?;
+        let mut logits = logits.chunks_exact(self.model.labels.len());
+        for Loaded { name, result } in pending.drain(..) {
+            let result = result.map(|image| {
+                let logits = logits.next().unwrap_or_default();
+                Prediction {
+                    width: image.width,
+                    height: image.height,
+                    top: self.ranking.rank(logits, &self.model.labels),
+                    logits: self.logits.then(|| logits.to_vec()),
+                }
+            });
+            match &result {
+                Ok(_) => self.done += 1,
+                Err(error) => {
+                    self.failed += 1;
+                    let line = format!("{}: {error}", name.escape_debug());
+                    self.progress.suspend(|| complain(&line));
+                }
+            }
+            self.writer.write(&Record::new(name, result))?;
+            self.progress.inc(1);
+        }
+        Ok(())
+    }
+
+    /// Logits of all images, one after the other.
+    fn classify(&mut self, images: &[&Prepared]) -> anyhow::Result<Vec<f32>> {
+        if images.is_empty() {
+            return Ok(Vec::new());
+        }
+        let batch: Vec<f32> = images.iter().flat_map(|i| &i.pixels).copied().collect();
+        let mut logits = self.runner.logits(&batch, images.len())?;
+        if self.tta {
+            let crop = self.model.preprocessing.crop;
+            let mirrored: Vec<f32> = images.iter().flat_map(|i| mirror(&i.pixels, crop)).collect();
+            let others = self.runner.logits(&mirrored, images.len())?;
+            for (logit, other) in logits.iter_mut().zip(others) {
+                *logit = (*logit + other) / 2.0;
+            }
+        }
+        Ok(logits)
+    }
+}

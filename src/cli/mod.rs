@@ -1,0 +1,176 @@
+//! The command line: a file for each subcommand, with its arguments and what it does. Nothing
+//! else in the program knows clap, a terminal or a progress bar.
+
+mod classify;
+mod completions;
+mod models;
+
+use std::io::{self, IsTerminal, Write};
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use anstream::{AutoStream, ColorChoice};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::exec::DeviceChoice;
+use crate::weights::{Request, WeightsChoice};
+
+/// Classify images, and look at the networks that do it.
+#[derive(Debug, Parser)]
+#[command(
+    name = "sconce",
+    version,
+    max_term_width = 100,
+    after_help = "Examples:
+  sconce classify photo.jpg               what is in this photo?
+  sconce classify photos/ --format jsonl  every image below a folder, a line of JSON each
+  sconce models                           the networks, their size and accuracy
+  sconce models resnet18                  one network, layer by layer"
+)]
+pub struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Classify(classify::Arguments),
+    Models(models::Arguments),
+    Completions(completions::Arguments),
+}
+
+/// Options of every subcommand.
+#[derive(Clone, Debug, Args)]
+struct Global {
+    /// Network: a name (see `sconce models`), NAME.TAG for one of several weights, or a model file
+    #[arg(short, long, global = true, value_name = "NAME|FILE", default_value = "mobilenet_v2")]
+    model: String,
+    /// Other weights for the network: a safetensors file, or `none` for random ones
+    #[arg(long, global = true, value_name = "FILE|none")]
+    weights: Option<PathBuf>,
+    /// Class names: one a line, or a JSON map from index to name
+    #[arg(long, global = true, value_name = "FILE")]
+    labels: Option<PathBuf>,
+    /// Where to compute: auto, cpu, cuda, cuda:N or metal
+    #[arg(long, global = true, value_name = "DEVICE", default_value = "auto")]
+    device: DeviceChoice,
+    /// Threads [default: the cores that this process may use]
+    #[arg(short = 'j', long, global = true, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+    /// Turn off every shortcut that changes digits
+    #[arg(long, global = true)]
+    exact: bool,
+    /// Seed of everything random
+    #[arg(long, global = true, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// No progress and no notes
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    quiet: bool,
+    /// Say what is done
+    #[arg(short, long, global = true)]
+    verbose: bool,
+    /// When to use colours (NO_COLOR is heeded too)
+    #[arg(long, global = true, value_enum, value_name = "WHEN", default_value_t = Color::Auto)]
+    color: Color,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Color {
+    Auto,
+    Always,
+    Never,
+}
+
+/// How a command ended that could do its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    AllDone,
+    /// Some inputs failed, the others were done.
+    SomeFailed,
+    /// Every input failed.
+    NothingDone,
+}
+
+impl Outcome {
+    fn of(done: usize, failed: usize) -> Self {
+        match (done, failed) {
+            (_, 0) => Outcome::AllDone,
+            (0, _) => Outcome::NothingDone,
+            _ => Outcome::SomeFailed,
+        }
+    }
+
+    /// The process's exit code.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Outcome::AllDone => 0,
+            Outcome::SomeFailed => 1,
+            Outcome::NothingDone => 2,
+        }
+    }
+}
+
+impl Cli {
+    /// Does what was asked for.
+    ///
+    /// # Errors
+    /// Where nothing could be done.
+    pub fn run(self) -> anyhow::Result<Outcome> {
+        match self.command {
+            Command::Classify(arguments) => classify::run(&self.global, arguments),
+            Command::Models(arguments) => models::run(&self.global, &arguments),
+            Command::Completions(arguments) => completions::run(&arguments),
+        }
+    }
+}
+
+impl Global {
+    fn request(&self) -> Request {
+        let weights = match &self.weights {
+            None => WeightsChoice::Published,
+            Some(path) if path.as_os_str() == "none" => WeightsChoice::None,
+            Some(path) => WeightsChoice::File(path.clone()),
+        };
+        Request {
+            model: self.model.clone(),
+            weights,
+            labels: self.labels.clone(),
+            seed: self.seed,
+        }
+    }
+
+    /// As asked for, else the cores that this process may use.
+    fn threads(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        self.threads.map_or_else(cores, NonZeroUsize::get)
+    }
+
+    /// Standard output, with colours or without.
+    fn stdout(&self) -> AutoStream<io::Stdout> {
+        let choice = match self.color {
+            Color::Auto => ColorChoice::Auto,
+            Color::Always => ColorChoice::AlwaysAnsi,
+            Color::Never => ColorChoice::Never,
+        };
+        AutoStream::new(io::stdout(), choice)
+    }
+
+    /// A note for those who asked for many.
+    fn verbose(&self, note: impl FnOnce() -> String) {
+        if self.verbose {
+            complain(&note());
+        }
+    }
+
+    /// Whether to draw progress: results themselves show it where they go to the terminal.
+    fn shows_progress(&self) -> bool {
+        !self.quiet && io::stderr().is_terminal() && !io::stdout().is_terminal()
+    }
+}
+
+/// A line on standard error. Nobody is left to tell where that fails.
+pub fn complain(line: &str) {
+    let _ = writeln!(io::stderr(), "sconce: {line}");
+}

@@ -1,0 +1,51 @@
+use std::io::Write;
+
+use clap::{Args, ValueEnum};
+
+use super::{Global, Outcome};
+use crate::models::registry;
+use crate::report;
+use crate::weights::ModelError;
+
+/// List the networks, or show one layer by layer
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  sconce models
+  sconce models mobilenet_v2
+  sconce models --format json | jq -r '.[] | select(.macs < 4e8) | .name'")]
+pub struct Arguments {
+    /// Show this network's layers with shapes and costs
+    #[arg(value_name = "NAME")]
+    name: Option<String>,
+    /// How to print the list
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    format: Format,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Format {
+    Text,
+    Json,
+}
+
+pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
+    let mut out = global.stdout();
+    match &arguments.name {
+        Some(name) => {
+            let choice = registry::find(name).map_err(ModelError::Unknown)?;
+            let graph = choice.row.architecture.graph(1000);
+            let size = choice.preprocessing().crop;
+            let mut text = Vec::new();
+            report::write_layers(choice.row.name, &graph, size, &mut text)?;
+            out.write_all(&text)?;
+        }
+        None => {
+            let models = report::list()?;
+            match arguments.format {
+                Format::Text => report::write_table(&models, &mut out)?,
+                Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&models)?)?,
+            }
+        }
+    }
+    Ok(Outcome::AllDone)
+}

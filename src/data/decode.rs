@@ -1,0 +1,268 @@
+//! From a file's bytes to 8-bit RGB, as Pillow's `convert("RGB")` gives it.
+
+use std::io::Cursor;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
+
+/// An 8-bit picture `[height, width, 3]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rgb {
+    pub width: usize,
+    pub height: usize,
+    pub pixels: Vec<u8>,
+}
+
+/// Why an image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    #[error("an empty file")]
+    Empty,
+    #[error("not an image in a format that is read (JPEG, PNG, WebP, GIF, BMP, TIFF, QOI, PNM)")]
+    UnknownFormat,
+    #[error("{0} images are not read (convert it to JPEG or PNG first)")]
+    UnreadFormat(&'static str),
+    #[error("{width} x {height} pixels are more than {limit} (raise --max-pixels to read it)")]
+    TooLarge {
+        width: u32,
+        height: u32,
+        limit: u64,
+    },
+    #[error("the image is cut short")]
+    Truncated,
+    #[error("{0}")]
+    Broken(String),
+}
+
+/// How images are decoded.
+#[derive(Clone, Copy, Debug)]
+pub struct Decoder {
+    /// Images of more pixels are refused, by their header.
+    pub max_pixels: u64,
+    /// What shows through transparent pixels; None drops the alpha channel, as torchvision's
+    /// loader does.
+    pub background: Option<[u8; 3]>,
+}
+
+/// Memory that a decoder may take beyond the picture itself.
+const DECODER_SLACK: u64 = 64 << 20;
+/// Largest picture in memory: four channels of 16 bits.
+const BYTES_PER_PIXEL: u64 = 8;
+
+impl Decoder {
+    /// Width and height by the header, before orientation.
+    ///
+    /// # Errors
+    /// Where the bytes are no image, or one of more pixels than are allowed.
+    pub fn dimensions(&self, bytes: &[u8]) -> Result<(u32, u32), ImageError> {
+        guarded(|| Ok(self.open(bytes)?.1.dimensions()))
+    }
+
+    /// Decodes, turns as the EXIF orientation says, and converts to RGB.
+    ///
+    /// # Errors
+    /// Where the bytes are no image, a broken one, or one of more pixels than are allowed.
+    pub fn decode(&self, bytes: &[u8]) -> Result<Rgb, ImageError> {
+        guarded(|| {
+            let (format, mut decoder) = self.open(bytes)?;
+            let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+            let mut image = DynamicImage::from_decoder(decoder).map_err(describe)?;
+            if format == ImageFormat::Jpeg && !jpeg_has_end(bytes) {
+                return Err(ImageError::Truncated);
+            }
+            image.apply_orientation(orientation);
+            Ok(self.to_rgb(image))
+        })
+    }
+
+    fn open<'a>(
+        &self,
+        bytes: &'a [u8],
+    ) -> Result<(ImageFormat, impl ImageDecoder + 'a), ImageError> {
+        if bytes.is_empty() {
+            return Err(ImageError::Empty);
+        }
+        if let Some(name) = unread_format(bytes) {
+            return Err(ImageError::UnreadFormat(name));
+        }
+        let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
+        let Some(format) = reader.format() else {
+            return Err(ImageError::UnknownFormat);
+        };
+        let mut limits = Limits::no_limits();
+        let pixels = self.max_pixels.saturating_mul(BYTES_PER_PIXEL);
+        limits.max_alloc = Some(pixels.saturating_add(DECODER_SLACK));
+        reader.limits(limits);
+        let decoder = reader.into_decoder().map_err(describe)?;
+        let (width, height) = decoder.dimensions();
+        if width == 0 || height == 0 {
+            return Err(ImageError::Broken("an image without pixels".into()));
+        }
+        if u64::from(width) * u64::from(height) > self.max_pixels {
+            return Err(ImageError::TooLarge {
+                width,
+                height,
+                limit: self.max_pixels,
+            });
+        }
+        Ok((format, decoder))
+    }
+
+    fn to_rgb(&self, image: DynamicImage) -> Rgb {
+        // Of 16-bit samples the upper half counts: Pillow reads RGB so, and clips grey to white.
+        let high = |v: u16| (v >> 8) as u8;
+        let grey = |v: u8| [v; 3];
+        let (width, height) = (image.width() as usize, image.height() as usize);
+        let over = |[r, g, b]: [u8; 3], alpha: u8| match self.background {
+            None => [r, g, b],
+            Some(back) => [blend(r, back[0], alpha), blend(g, back[1], alpha), blend(b, back[2], alpha)],
+        };
+        let pixels: Vec<u8> = match image {
+            DynamicImage::ImageRgb8(image) => image.into_raw(),
+            DynamicImage::ImageLuma8(image) => {
+                image.into_raw().into_iter().flat_map(grey).collect()
+            }
+            DynamicImage::ImageLumaA8(image) => {
+                let pixels = image.pixels().map(|p| p.0);
+                pixels.flat_map(|[l, a]| over(grey(l), a)).collect()
+            }
+            DynamicImage::ImageRgba8(image) => {
+                let pixels = image.pixels().map(|p| p.0);
+                pixels.flat_map(|[r, g, b, a]| over([r, g, b], a)).collect()
+            }
+            DynamicImage::ImageLuma16(image) => {
+                image.into_raw().into_iter().flat_map(|l| grey(high(l))).collect()
+            }
+            DynamicImage::ImageLumaA16(image) => {
+                let pixels = image.pixels().map(|p| p.0.map(high));
+                pixels.flat_map(|[l, a]| over(grey(l), a)).collect()
+            }
+            DynamicImage::ImageRgb16(image) => image.into_raw().into_iter().map(high).collect(),
+            DynamicImage::ImageRgba16(image) => {
+                let pixels = image.pixels().map(|p| p.0.map(high));
+                pixels.flat_map(|[r, g, b, a]| over([r, g, b], a)).collect()
+            }
+            other => other.into_rgb8().into_raw(),
+        };
+        Rgb {
+            width,
+            height,
+            pixels,
+        }
+    }
+}
+
+/// `value` over `back`, rounded.
+fn blend(value: u8, back: u8, alpha: u8) -> u8 {
+    let (value, back, alpha) = (u32::from(value), u32::from(back), u32::from(alpha));
+    ((value * alpha + back * (255 - alpha) + 127) / 255) as u8
+}
+
+/// Runs a decoder such that its panic is an error of that one image.
+fn guarded<T>(decode: impl FnOnce() -> Result<T, ImageError>) -> Result<T, ImageError> {
+    catch_unwind(AssertUnwindSafe(decode))
+        .unwrap_or_else(|_| Err(ImageError::Broken("the decoder gave up on it".into())))
+}
+
+fn describe(error: image::ImageError) -> ImageError {
+    use image::ImageError as E;
+    match error {
+        E::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => ImageError::Truncated,
+        E::IoError(e) => ImageError::Io(e),
+        E::Limits(_) => ImageError::Broken("it needs more memory than --max-pixels allows".into()),
+        other => {
+            // Some decoders' messages run over several lines.
+            let text = other.to_string();
+            ImageError::Broken(text.lines().collect::<Vec<_>>().join(" "))
+        }
+    }
+}
+
+/// Formats that people have and that are not read, by their first bytes.
+fn unread_format(bytes: &[u8]) -> Option<&'static str> {
+    let brand = bytes.get(4..12)?;
+    match brand.strip_prefix(b"ftyp")? {
+        b"avif" | b"avis" => Some("AVIF"),
+        b"heic" | b"heix" | b"heim" | b"heis" | b"hevc" | b"mif1" | b"msf1" => Some("HEIC"),
+        _ => None,
+    }
+}
+
+/// Whether a JPEG's compressed data goes on to the end marker. The decoder fills what is missing
+/// with grey, without a word.
+fn jpeg_has_end(bytes: &[u8]) -> bool {
+    const START_OF_SCAN: u8 = 0xda;
+    // Segments before the first scan have lengths; a thumbnail in one has an end marker of its own.
+    let mut at = 2;
+    loop {
+        match bytes.get(at..at + 4) {
+            Some(&[0xff, 0xff, ..]) => at += 1,
+            Some(&[0xff, marker, high, low]) => {
+                at += 2 + usize::from(u16::from_be_bytes([high, low]));
+                if marker == START_OF_SCAN {
+                    break;
+                }
+            }
+            _ => return false,
+        }
+    }
+    let scan = bytes.get(at..).unwrap_or_default();
+    scan.windows(2).any(|pair| pair == [0xff, 0xd9])
+}
+
+/// A colour: a common name, `#rgb` or `#rrggbb`.
+///
+/// # Errors
+/// What was expected, where it is none.
+pub fn parse_color(text: &str) -> Result<[u8; 3], String> {
+    let named = match text.to_ascii_lowercase().as_str() {
+        "black" => Some([0, 0, 0]),
+        "white" => Some([255, 255, 255]),
+        "gray" | "grey" => Some([128, 128, 128]),
+        "red" => Some([255, 0, 0]),
+        "green" => Some([0, 128, 0]),
+        "blue" => Some([0, 0, 255]),
+        _ => None,
+    };
+    let hex = || {
+        let digits = text.strip_prefix('#')?;
+        if !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return None;
+        }
+        let value = u32::from_str_radix(digits, 16).ok()?;
+        match digits.len() {
+            6 => Some([value >> 16, value >> 8, value].map(|v| v as u8)),
+            3 => Some([value >> 8, value >> 4, value].map(|v| (v & 15) as u8 * 17)),
+            _ => None,
+        }
+    };
+    named
+        .or_else(hex)
+        .ok_or_else(|| "expected white, black, gray, red, green, blue, #rgb or #rrggbb".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn colors_are_names_or_hex() {
+        assert_eq!(parse_color("White"), Ok([255; 3]));
+        assert_eq!(parse_color("#1a2B3c"), Ok([0x1a, 0x2b, 0x3c]));
+        assert_eq!(parse_color("#fa0"), Ok([0xff, 0xaa, 0]));
+        for bad in ["", "#", "#12", "#12345", "#1234567", "mauvish", "#ggg", "#+12"] {
+            assert!(parse_color(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn blending_is_exact_at_its_ends() {
+        for value in 0..=255 {
+            assert_eq!(blend(value, 7, 255), value);
+            assert_eq!(blend(value, 7, 0), 7);
+        }
+    }
+}

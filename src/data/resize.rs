@@ -1,0 +1,129 @@
+//! Antialiased resizing, bit for bit as Pillow does it: a filter as wide as the reduction, fixed
+//! point weights of 22 bits, a horizontal pass rounded to 8 bits, then a vertical one.
+
+use std::ops::Range;
+
+use super::Rgb;
+use crate::kernels::resample::cubic;
+use crate::models::Interpolation;
+
+/// Fraction bits of the weights: 8 bits are the sample's, 2 are kept for overshoot.
+const PRECISION: u32 = 32 - 8 - 2;
+const CHANNELS: usize = 3;
+
+/// The part `columns` x `rows` of the image resized to `width` x `height`: pixels
+/// `[rows, columns, 3]`. What lies outside the part is not computed.
+pub(super) fn resize(
+    image: &Rgb,
+    [width, height]: [usize; 2],
+    interpolation: Interpolation,
+    columns: Range<usize>,
+    rows: Range<usize>,
+) -> Vec<u8> {
+    let horizontal = Taps::new(image.width, width, interpolation, columns);
+    let vertical = Taps::new(image.height, height, interpolation, rows);
+    // The image rows that the vertical pass reads.
+    let needed = vertical.reach();
+    let line = horizontal.spans.len() * CHANNELS;
+    let mut narrow = vec![0; needed.len() * line];
+    let stride = image.width * CHANNELS;
+    for (y, out) in needed.clone().zip(narrow.chunks_exact_mut(line)) {
+        let source = &image.pixels[y * stride..(y + 1) * stride];
+        for (span, out) in horizontal.spans.iter().zip(out.chunks_exact_mut(CHANNELS)) {
+            let mut sums = [1 << (PRECISION - 1); CHANNELS];
+            let pixels = source[span.start * CHANNELS..].chunks_exact(CHANNELS);
+            for (weight, pixel) in horizontal.weights(span).iter().zip(pixels) {
+                for (sum, &value) in sums.iter_mut().zip(pixel) {
+                    *sum += weight * i32::from(value);
+                }
+            }
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out = clip(sum);
+            }
+        }
+    }
+    let mut result = vec![0; vertical.spans.len() * line];
+    let mut sums = vec![0; line];
+    for (span, out) in vertical.spans.iter().zip(result.chunks_exact_mut(line)) {
+        sums.fill(1 << (PRECISION - 1));
+        let sources = narrow[(span.start - needed.start) * line..].chunks_exact(line);
+        for (weight, source) in vertical.weights(span).iter().zip(sources) {
+            for (sum, &value) in sums.iter_mut().zip(source) {
+                *sum += weight * i32::from(value);
+            }
+        }
+        for (out, &sum) in out.iter_mut().zip(&sums) {
+            *out = clip(sum);
+        }
+    }
+    result
+}
+
+fn clip(sum: i32) -> u8 {
+    (sum >> PRECISION).clamp(0, 255) as u8
+}
+
+/// For each output position, the input positions that it is made of, and their weights.
+struct Taps {
+    spans: Vec<Span>,
+    weights: Vec<i32>,
+}
+
+struct Span {
+    /// First input position.
+    start: usize,
+    /// Where its weights lie.
+    weights: Range<usize>,
+}
+
+impl Taps {
+    /// Output positions `wanted` of an axis resized from `from` to `to`.
+    fn new(from: usize, to: usize, interpolation: Interpolation, wanted: Range<usize>) -> Self {
+        let scale = from as f64 / to as f64;
+        let widening = scale.max(1.0);
+        let (support, filter): (f64, fn(f64) -> f64) = match interpolation {
+            Interpolation::Bilinear => (1.0, triangle),
+            Interpolation::Bicubic => (2.0, |x| cubic(x, -0.5)),
+        };
+        let support = support * widening;
+        let mut taps = Self {
+            spans: Vec::with_capacity(wanted.len()),
+            weights: Vec::new(),
+        };
+        for position in wanted {
+            let centre = (position as f64 + 0.5) * scale;
+            // Casts truncate, as C's do.
+            let start = ((centre - support + 0.5) as i64).max(0) as usize;
+            let end = ((centre + support + 0.5) as i64).min(from as i64) as usize;
+            let values: Vec<f64> = (start..end)
+                .map(|i| filter((i as f64 - centre + 0.5) * (1.0 / widening)))
+                .collect();
+            let total: f64 = values.iter().sum();
+            let first = taps.weights.len();
+            taps.weights.extend(values.iter().map(|value| {
+                let scaled = value / total * f64::from(1 << PRECISION);
+                (scaled + 0.5f64.copysign(scaled)) as i32
+            }));
+            taps.spans.push(Span {
+                start,
+                weights: first..taps.weights.len(),
+            });
+        }
+        taps
+    }
+
+    fn weights(&self, span: &Span) -> &[i32] {
+        &self.weights[span.weights.clone()]
+    }
+
+    /// All input positions that are read.
+    fn reach(&self) -> Range<usize> {
+        let start = self.spans.iter().map(|s| s.start).min().unwrap_or(0);
+        let end = self.spans.iter().map(|s| s.start + s.weights.len()).max();
+        start..end.unwrap_or(start)
+    }
+}
+
+fn triangle(x: f64) -> f64 {
+    (1.0 - x.abs()).max(0.0)
+}

@@ -1,0 +1,94 @@
+use std::fmt;
+use std::str::FromStr;
+
+use candle_core::Device;
+
+/// `--device`: where to compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The fastest that this build and this machine have.
+    Auto,
+    Cpu,
+    Cuda(usize),
+    Metal,
+}
+
+/// A device that is not to be had.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    #[error(
+        "--device {choice}: this sconce was built without it (build with `cargo build --release --features {feature}`, or leave --device out)"
+    )]
+    NotBuilt {
+        choice: DeviceChoice,
+        feature: &'static str,
+    },
+    #[error("--device {choice}: {reason} (leave --device out to take what there is)")]
+    Unavailable {
+        choice: DeviceChoice,
+        reason: String,
+    },
+}
+
+impl DeviceChoice {
+    /// Opens the device.
+    ///
+    /// # Errors
+    /// Where the build or the machine lacks it; [`DeviceChoice::Auto`] always finds one.
+    pub fn open(self) -> Result<Device, DeviceError> {
+        let unavailable = |e: candle_core::Error| DeviceError::Unavailable {
+            choice: self,
+            // The first line: what follows is a backtrace.
+            reason: e.to_string().lines().next().unwrap_or_default().to_string(),
+        };
+        let not_built = |feature| DeviceError::NotBuilt {
+            choice: self,
+            feature,
+        };
+        match self {
+            DeviceChoice::Cpu => Ok(Device::Cpu),
+            DeviceChoice::Cuda(index) if cfg!(feature = "cuda") => {
+                Device::new_cuda(index).map_err(unavailable)
+            }
+            DeviceChoice::Cuda(_) => Err(not_built("cuda")),
+            DeviceChoice::Metal if cfg!(feature = "metal") => {
+                Device::new_metal(0).map_err(unavailable)
+            }
+            DeviceChoice::Metal => Err(not_built("metal")),
+            DeviceChoice::Auto => Ok(DeviceChoice::Cuda(0)
+                .open()
+                .or_else(|_| DeviceChoice::Metal.open())
+                .unwrap_or(Device::Cpu)),
+        }
+    }
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(DeviceChoice::Auto),
+            "cpu" => Ok(DeviceChoice::Cpu),
+            "cuda" => Ok(DeviceChoice::Cuda(0)),
+            "metal" => Ok(DeviceChoice::Metal),
+            _ => text
+                .strip_prefix("cuda:")
+                .and_then(|index| index.parse().ok())
+                .map(DeviceChoice::Cuda)
+                .ok_or_else(|| "expected auto, cpu, cuda, cuda:N or metal".to_string()),
+        }
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceChoice::Auto => f.write_str("auto"),
+            DeviceChoice::Cpu => f.write_str("cpu"),
+            DeviceChoice::Cuda(0) => f.write_str("cuda"),
+            DeviceChoice::Cuda(index) => write!(f, "cuda:{index}"),
+            DeviceChoice::Metal => f.write_str("metal"),
+        }
+    }
+}

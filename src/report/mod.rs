@@ -1,0 +1,7 @@
+//! What people and programs read.
+
+mod classification;
+mod models;
+
+pub use classification::{Format, Prediction, Ranked, Ranking, Record, Writer};
+pub use models::{ListedModel, ListedWeights, list, write_layers, write_table};
