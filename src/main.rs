@@ -32,7 +32,9 @@ fn quiet_decoders() {
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         let thread = std::thread::current();
-        let decoding = thread.name().is_some_and(|n| n.starts_with(sconce::data::THREAD_NAME));
+        let decoding = thread
+            .name()
+            .is_some_and(|n| n.starts_with(sconce::data::THREAD_NAME));
         if !decoding {
             hook(info);
         }
@@ -59,5 +61,7 @@ fn usage(error: &clap::Error) -> ExitCode {
 
 fn is_closed_pipe(error: &anyhow::Error) -> bool {
     let closed = |e: &io::Error| e.kind() == io::ErrorKind::BrokenPipe;
-    error.chain().any(|cause| cause.downcast_ref().is_some_and(closed))
+    error
+        .chain()
+        .any(|cause| cause.downcast_ref().is_some_and(closed))
 }

@@ -52,7 +52,9 @@ fn load(row: &ModelRow) -> Golden {
 
 /// Checks the rows of one family, so that families run side by side.
 fn check_family(family: &str) {
-    let rows = registry::all().iter().filter(|r| r.architecture.family() == family);
+    let rows = registry::all()
+        .iter()
+        .filter(|r| r.architecture.family() == family);
     let mut checked = 0;
     for row in rows {
         check(row);
@@ -67,7 +69,11 @@ fn check(row: &ModelRow) {
     let graph = row.architecture.graph(classes);
 
     let costs = graph.costs(224, 224).unwrap().total();
-    assert_eq!(costs.parameters, golden.facts.parameters, "{}: parameters", row.name);
+    assert_eq!(
+        costs.parameters, golden.facts.parameters,
+        "{}: parameters",
+        row.name
+    );
     if let Some(published) = golden.facts.published_gmacs {
         let gmacs = (costs.macs as f64 / 1e6).round() / 1e3;
         assert_eq!(gmacs, published, "{}: multiply-adds", row.name);
@@ -87,8 +93,7 @@ fn check(row: &ModelRow) {
         let logits = logits.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let eager_error = relative_error(&logits, expected);
 
-        let mut plan =
-            Plan::compile(&graph, &vb, [height, width], &[graph.output()], 2).unwrap();
+        let mut plan = Plan::compile(&graph, &vb, [height, width], &[graph.output()], 2).unwrap();
         plan.run(&nhwc, count);
         let plan_error = relative_error(plan.output(0, count), expected);
         let batched = plan.output(0, count)[..classes].to_vec();
@@ -104,8 +109,16 @@ fn check(row: &ModelRow) {
             "{} {height}x{width}: eager {eager_error:.1e}, plan {plan_error:.1e}, tolerated {tolerance:.1e}",
             row.name
         );
-        assert!(eager_error <= *tolerance, "{}: eager {eager_error:e}", row.name);
-        assert!(plan_error <= *tolerance, "{}: plan {plan_error:e}", row.name);
+        assert!(
+            eager_error <= *tolerance,
+            "{}: eager {eager_error:e}",
+            row.name
+        );
+        assert!(
+            plan_error <= *tolerance,
+            "{}: plan {plan_error:e}",
+            row.name
+        );
     }
 }
 

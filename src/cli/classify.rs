@@ -63,11 +63,8 @@ pub struct Arguments {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Format {
-    /// For people
     Text,
-    /// One array
     Json,
-    /// An object a line
     Jsonl,
     Csv,
 }
@@ -157,7 +154,10 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
     global.verbose(|| {
         let seconds = started.elapsed().as_secs_f64();
         let rate = work.done as f64 / seconds;
-        format!("{} images in {seconds:.2} s, {rate:.1} a second", work.done)
+        format!(
+            "{} done in {seconds:.2} s, {rate:.1} images a second",
+            work.done
+        )
     });
     Ok(Outcome::of(work.done, work.failed))
 }
@@ -202,7 +202,10 @@ impl<W: io::Write> Work<W> {
     }
 
     fn batch(&mut self, pending: &mut Vec<Loaded>) -> anyhow::Result<()> {
-        let images: Vec<&Prepared> = pending.iter().filter_map(|l| l.result.as_ref().ok()).collect();
+        let images: Vec<&Prepared> = pending
+            .iter()
+            .filter_map(|l| l.result.as_ref().ok())
+            .collect();
         let logits = self.classify(&images)?;
         let mut logits = logits.chunks_exact(self.model.labels.len());
         for Loaded { name, result } in pending.drain(..) {
@@ -238,7 +241,10 @@ impl<W: io::Write> Work<W> {
         let mut logits = self.runner.logits(&batch, images.len())?;
         if self.tta {
             let crop = self.model.preprocessing.crop;
-            let mirrored: Vec<f32> = images.iter().flat_map(|i| mirror(&i.pixels, crop)).collect();
+            let mirrored: Vec<f32> = images
+                .iter()
+                .flat_map(|i| mirror(&i.pixels, crop))
+                .collect();
             let others = self.runner.logits(&mirrored, images.len())?;
             for (logit, other) in logits.iter_mut().zip(others) {
                 *logit = (*logit + other) / 2.0;

@@ -45,7 +45,13 @@ enum Command {
 #[derive(Clone, Debug, Args)]
 struct Global {
     /// Network: a name (see `sconce models`), NAME.TAG for one of several weights, or a model file
-    #[arg(short, long, global = true, value_name = "NAME|FILE", default_value = "mobilenet_v2")]
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_name = "NAME|FILE",
+        default_value = "mobilenet_v2"
+    )]
     model: String,
     /// Other weights for the network: a safetensors file, or `none` for random ones
     #[arg(long, global = true, value_name = "FILE|none")]

@@ -26,11 +26,7 @@ pub enum ImageError {
     #[error("{0} images are not read (convert it to JPEG or PNG first)")]
     UnreadFormat(&'static str),
     #[error("{width} x {height} pixels are more than {limit} (raise --max-pixels to read it)")]
-    TooLarge {
-        width: u32,
-        height: u32,
-        limit: u64,
-    },
+    TooLarge { width: u32, height: u32, limit: u64 },
     #[error("the image is cut short")]
     Truncated,
     #[error("{0}")]
@@ -118,7 +114,11 @@ impl Decoder {
         let (width, height) = (image.width() as usize, image.height() as usize);
         let over = |[r, g, b]: [u8; 3], alpha: u8| match self.background {
             None => [r, g, b],
-            Some(back) => [blend(r, back[0], alpha), blend(g, back[1], alpha), blend(b, back[2], alpha)],
+            Some(back) => [
+                blend(r, back[0], alpha),
+                blend(g, back[1], alpha),
+                blend(b, back[2], alpha),
+            ],
         };
         let pixels: Vec<u8> = match image {
             DynamicImage::ImageRgb8(image) => image.into_raw(),
@@ -133,9 +133,11 @@ impl Decoder {
                 let pixels = image.pixels().map(|p| p.0);
                 pixels.flat_map(|[r, g, b, a]| over([r, g, b], a)).collect()
             }
-            DynamicImage::ImageLuma16(image) => {
-                image.into_raw().into_iter().flat_map(|l| grey(high(l))).collect()
-            }
+            DynamicImage::ImageLuma16(image) => image
+                .into_raw()
+                .into_iter()
+                .flat_map(|l| grey(high(l)))
+                .collect(),
             DynamicImage::ImageLumaA16(image) => {
                 let pixels = image.pixels().map(|p| p.0.map(high));
                 pixels.flat_map(|[l, a]| over(grey(l), a)).collect()
@@ -253,7 +255,9 @@ mod tests {
         assert_eq!(parse_color("White"), Ok([255; 3]));
         assert_eq!(parse_color("#1a2B3c"), Ok([0x1a, 0x2b, 0x3c]));
         assert_eq!(parse_color("#fa0"), Ok([0xff, 0xaa, 0]));
-        for bad in ["", "#", "#12", "#12345", "#1234567", "mauvish", "#ggg", "#+12"] {
+        for bad in [
+            "", "#", "#12", "#12345", "#1234567", "mauvish", "#ggg", "#+12",
+        ] {
             assert!(parse_color(bad).is_err(), "{bad}");
         }
     }

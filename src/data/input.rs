@@ -186,7 +186,9 @@ fn expand(argument: PathBuf) -> Several {
     if argument == Path::new("-") {
         return one(Ok(Input::Stdin));
     }
-    let pattern = argument.to_str().filter(|text| text.contains(['*', '?', '[']));
+    let pattern = argument
+        .to_str()
+        .filter(|text| text.contains(['*', '?', '[']));
     match pattern {
         Some(pattern) if !argument.exists() => matches(pattern),
         _ => from_path(argument),
@@ -288,7 +290,14 @@ mod tests {
 
     #[test]
     fn folders_are_walked_in_order_without_hidden_and_other_files() {
-        let root = folder(&["b/2.JPG", "b/1.png", "a.webp", ".h.png", ".git/x.png", "n.txt"]);
+        let root = folder(&[
+            "b/2.JPG",
+            "b/1.png",
+            "a.webp",
+            ".h.png",
+            ".git/x.png",
+            "n.txt",
+        ]);
         let found = names(Inputs::new(vec![root.path().into()], None), root.path());
         assert_eq!(found, ["a.webp", "b/1.png", "b/2.JPG"]);
     }

@@ -82,7 +82,9 @@ impl Loader {
                     });
                 }
             };
-            thread::Builder::new().name(format!("{THREAD_NAME}-{index}")).spawn(work)?;
+            thread::Builder::new()
+                .name(format!("{THREAD_NAME}-{index}"))
+                .spawn(work)?;
         }
         // Finding inputs may wait for a person at a terminal, so it has a thread of its own.
         let find = move || {
@@ -106,7 +108,9 @@ impl Loader {
                 }
             }
         };
-        thread::Builder::new().name("find-inputs".into()).spawn(find)?;
+        thread::Builder::new()
+            .name("find-inputs".into())
+            .spawn(find)?;
         Ok(Self {
             queue,
             waiting: Mutex::new(None),

@@ -6,7 +6,11 @@ use crate::models::Preprocessing;
 
 /// The resized and cropped picture before it is normalised, 8-bit `[crop, crop, 3]`.
 pub fn crop_pixels(image: &Rgb, preprocessing: &Preprocessing) -> Vec<u8> {
-    let Preprocessing { resize: short, crop, .. } = *preprocessing;
+    let Preprocessing {
+        resize: short,
+        crop,
+        ..
+    } = *preprocessing;
     // As torchvision's Resize: the long side is cut to a whole number of pixels.
     let scaled = |long: usize, by: usize| ((short * long) as f64 / by as f64) as usize;
     let (width, height) = if image.width <= image.height {
@@ -16,14 +20,21 @@ pub fn crop_pixels(image: &Rgb, preprocessing: &Preprocessing) -> Vec<u8> {
     };
     let columns = centre(width, crop);
     let rows = centre(height, crop);
-    resize(image, [width, height], preprocessing.interpolation, columns, rows)
+    resize(
+        image,
+        [width, height],
+        preprocessing.interpolation,
+        columns,
+        rows,
+    )
 }
 
 /// A network's input `[crop, crop, 3]`.
 pub fn prepare(image: &Rgb, preprocessing: &Preprocessing) -> Vec<f32> {
     let Preprocessing { mean, std, .. } = preprocessing;
     let pixels = crop_pixels(image, preprocessing);
-    let normalized = |(i, &value): (usize, &u8)| (f32::from(value) / 255.0 - mean[i % 3]) / std[i % 3];
+    let normalized =
+        |(i, &value): (usize, &u8)| (f32::from(value) / 255.0 - mean[i % 3]) / std[i % 3];
     pixels.iter().enumerate().map(normalized).collect()
 }
 
@@ -31,14 +42,21 @@ pub fn prepare(image: &Rgb, preprocessing: &Preprocessing) -> Vec<f32> {
 pub fn mirror(pixels: &[f32], width: usize) -> Vec<f32> {
     let (pixels, _) = pixels.as_chunks::<3>();
     let rows = pixels.chunks_exact(width);
-    rows.flat_map(|row| row.iter().rev()).flatten().copied().collect()
+    rows.flat_map(|row| row.iter().rev())
+        .flatten()
+        .copied()
+        .collect()
 }
 
 /// The middle `crop` of `size` positions; halves round to even, as Python's round does.
 fn centre(size: usize, crop: usize) -> Range<usize> {
     let spare = size - crop;
     let half = spare / 2;
-    let start = if spare % 2 == 1 { half + half % 2 } else { half };
+    let start = if spare % 2 == 1 {
+        half + half % 2
+    } else {
+        half
+    };
     start..start + crop
 }
 

@@ -96,7 +96,11 @@ impl Eager {
                 .node(id)
                 .inputs
                 .iter()
-                .map(|i| values[i.index()].clone().expect("inputs come before readers"))
+                .map(|i| {
+                    values[i.index()]
+                        .clone()
+                        .expect("inputs come before readers")
+                })
                 .collect();
             let value = match self.graph.node(id).op {
                 Op::Input => images.clone(),
@@ -399,7 +403,8 @@ fn pad(x: &Tensor, padding: Padding, kernel: [usize; 2], stride: usize) -> Resul
     let (_, _, h, w) = x.dims4()?;
     let (top, bottom) = padding.amounts(h, kernel[0], stride);
     let (left, right) = padding.amounts(w, kernel[1], stride);
-    x.pad_with_zeros(2, top, bottom)?.pad_with_zeros(3, left, right)
+    x.pad_with_zeros(2, top, bottom)?
+        .pad_with_zeros(3, left, right)
 }
 
 /// `amount` rows and columns of `value` on every side of an image `[N, C, H, W]`.

@@ -133,11 +133,7 @@ impl Params {
                 }
             }
         }
-        Ok(initial_values(
-            init,
-            shape,
-            &mut generator(self.seed, name),
-        ))
+        Ok(initial_values(init, shape, &mut generator(self.seed, name)))
     }
 }
 
@@ -184,10 +180,7 @@ impl SimpleBackend for Backend {
 }
 
 /// Fetches a graph's parameter.
-pub(crate) fn fetch(
-    vb: &VarBuilder,
-    parameter: &graph::Parameter,
-) -> candle_core::Result<Tensor> {
+pub(crate) fn fetch(vb: &VarBuilder, parameter: &graph::Parameter) -> candle_core::Result<Tensor> {
     let init = match parameter.init {
         graph::Init::Constant(value) => Init::Const(value),
         graph::Init::Normal { std } => Init::Randn {
@@ -220,7 +213,9 @@ fn fnv1a(text: &str) -> u64 {
 fn initial_values(init: Init, shape: &Shape, rng: &mut impl Rng) -> Vec<f32> {
     let count = shape.elem_count();
     let uniform = |rng: &mut dyn FnMut() -> f64, lo: f64, up: f64| -> Vec<f32> {
-        (0..count).map(|_| (lo + (up - lo) * rng()) as f32).collect()
+        (0..count)
+            .map(|_| (lo + (up - lo) * rng()) as f32)
+            .collect()
     };
     let normal = |rng: &mut dyn FnMut() -> f64, mean: f64, std: f64| -> Vec<f32> {
         // Box-Muller; 1 - u is never zero.
@@ -282,7 +277,11 @@ mod tests {
         let values = initial_values(init, &Shape::from(40_000), &mut generator(0, "w"));
         let n = values.len() as f64;
         let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
-        let variance = values.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / n;
+        let variance = values
+            .iter()
+            .map(|&v| (f64::from(v) - mean).powi(2))
+            .sum::<f64>()
+            / n;
         assert!((mean - 1.0).abs() < 0.01, "{mean}");
         assert!((variance.sqrt() - 0.5).abs() < 0.01, "{variance}");
     }

@@ -30,7 +30,13 @@ impl Runner {
     ) -> Result<Self, PlanError> {
         let engine = if vb.device().is_cpu() {
             let output = graph.output();
-            Engine::Cpu(Box::new(Plan::compile(&graph, vb, size, &[output], threads)?))
+            Engine::Cpu(Box::new(Plan::compile(
+                &graph,
+                vb,
+                size,
+                &[output],
+                threads,
+            )?))
         } else {
             graph.shapes(size[0], size[1])?;
             Engine::Device(Eager::new(graph, vb)?, vb.device().clone())

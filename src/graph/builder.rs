@@ -215,9 +215,7 @@ impl InitScheme {
             InitScheme::KaimingFanOut | InitScheme::FanIn => {
                 (fan_in_uniform(fan_in), fan_in_uniform(fan_in))
             }
-            InitScheme::KaimingFanOutLinear { std } => {
-                (Init::Normal { std }, Init::Constant(0.0))
-            }
+            InitScheme::KaimingFanOutLinear { std } => (Init::Normal { std }, Init::Constant(0.0)),
             InitScheme::Transformer if node.starts_with("heads") => {
                 (Init::Constant(0.0), Init::Constant(0.0))
             }

@@ -129,9 +129,14 @@ pub enum Op {
     /// Inputs one after the other along the channels.
     Concat,
     /// Channels `start..start + length`.
-    Slice { start: usize, length: usize },
+    Slice {
+        start: usize,
+        length: usize,
+    },
     /// `[g, C/g]` channels transposed to `[C/g, g]` (ShuffleNet).
-    ChannelShuffle { groups: usize },
+    ChannelShuffle {
+        groups: usize,
+    },
     MaxPool(Pool2d),
     /// Average over the window, padding counted.
     AvgPool(Pool2d),
@@ -140,7 +145,9 @@ pub enum Op {
     /// `[C, 1, 1]` to `[C]`.
     Flatten,
     /// Random zeros in training, nothing in evaluation.
-    Dropout { p: f64 },
+    Dropout {
+        p: f64,
+    },
     /// Parameters: weight `[out, in]`, bias `[out]` where there is one.
     Linear {
         in_features: usize,
@@ -150,7 +157,9 @@ pub enum Op {
     /// `[C, H, W]` to the sequence `[H·W, C]`.
     Tokens,
     /// A learned token put before the sequence. Parameter: `[1, 1, dim]`.
-    ClassToken { dim: usize },
+    ClassToken {
+        dim: usize,
+    },
     /// Learned positions added to the sequence, interpolated where the image's grid is another.
     /// Parameter: `[1, prefix + grid², dim]`.
     PositionEmbedding {
@@ -163,12 +172,20 @@ pub enum Op {
         interpolation: PositionInterpolation,
     },
     /// Over the features of each token. Parameters: weight, bias.
-    LayerNorm { dim: usize, eps: f64 },
+    LayerNorm {
+        dim: usize,
+        eps: f64,
+    },
     /// Self-attention with its projections. Parameters: in_proj_weight `[3·dim, dim]` (query, key,
     /// value), in_proj_bias, out_proj.weight, out_proj.bias.
-    SelfAttention { dim: usize, heads: usize },
+    SelfAttention {
+        dim: usize,
+        heads: usize,
+    },
     /// One token of the sequence: `[T, D]` to `[D]`.
-    SelectToken { index: usize },
+    SelectToken {
+        index: usize,
+    },
 }
 
 impl Op {

@@ -12,8 +12,13 @@ pub enum Shape {
         width: usize,
     },
     /// Sequence of tokens.
-    Tokens { length: usize, dim: usize },
-    Vector { features: usize },
+    Tokens {
+        length: usize,
+        dim: usize,
+    },
+    Vector {
+        features: usize,
+    },
 }
 
 impl Shape {

@@ -15,7 +15,10 @@ fn assert_close(actual: &[f32], expected: &[f64], what: &str) {
     assert_eq!(actual.len(), expected.len(), "{what}");
     for (i, (a, e)) in actual.iter().zip(expected).enumerate() {
         let error = (f64::from(*a) - e).abs();
-        assert!(error <= 2e-5 * (1.0 + e.abs()), "{what}: [{i}] {a} is not {e}");
+        assert!(
+            error <= 2e-5 * (1.0 + e.abs()),
+            "{what}: [{i}] {a} is not {e}"
+        );
     }
 }
 
@@ -29,8 +32,7 @@ fn random_window(rng: &mut ChaCha8Rng) -> (Window, [usize; 2], [usize; 2]) {
         let least = kernel[i].saturating_sub(before[i] + after[i]).max(1);
         rng.random_range(least..least + 12)
     });
-    let output =
-        [0, 1].map(|i: usize| (input[i] + before[i] + after[i] - kernel[i]) / stride + 1);
+    let output = [0, 1].map(|i: usize| (input[i] + before[i] + after[i] - kernel[i]) / stride + 1);
     let window = Window {
         kernel,
         stride,
@@ -42,10 +44,7 @@ fn random_window(rng: &mut ChaCha8Rng) -> (Window, [usize; 2], [usize; 2]) {
 /// Weighted sum over a window, with PyTorch's weight layout.
 fn plain_conv(conv: &Conv, input: &[f32], weight: &[f32], scale: &[f64]) -> Vec<f64> {
     let [kh, kw] = conv.window.kernel;
-    let (ins, outs) = (
-        conv.input.c / conv.groups,
-        conv.output.c / conv.groups,
-    );
+    let (ins, outs) = (conv.input.c / conv.groups, conv.output.c / conv.groups);
     let mut result = Vec::new();
     for y in 0..conv.output.h {
         for x in 0..conv.output.w {
@@ -83,7 +82,11 @@ fn convolutions_equal_a_plain_loop_whichever_rows_are_asked_for() {
         let ins = rng.random_range(1..=9);
         let outs = rng.random_range(1..=20);
         let depthwise = case % 3 == 0;
-        let (groups, ins, outs) = if depthwise { (groups * ins, 1, 1) } else { (groups, ins, outs) };
+        let (groups, ins, outs) = if depthwise {
+            (groups * ins, 1, 1)
+        } else {
+            (groups, ins, outs)
+        };
         let conv = Conv {
             input: Dims::new(ih, iw, groups * ins),
             output: Dims::new(oh, ow, groups * outs),
@@ -95,7 +98,9 @@ fn convolutions_equal_a_plain_loop_whichever_rows_are_asked_for() {
             &mut rng,
             conv.output.c * ins * window.kernel[0] * window.kernel[1],
         );
-        let scale: Vec<f64> = (0..conv.output.c).map(|_| rng.random_range(0.5..1.5)).collect();
+        let scale: Vec<f64> = (0..conv.output.c)
+            .map(|_| rng.random_range(0.5..1.5))
+            .collect();
         let expected = plain_conv(&conv, &input, &weight, &scale);
         let mut out = vec![f32::NAN; conv.output.len()];
         let split = rng.random_range(0..oh);
@@ -105,8 +110,17 @@ fn convolutions_equal_a_plain_loop_whichever_rows_are_asked_for() {
                 continue;
             }
             if depthwise {
-                let Conv { input: i, output, window, .. } = conv;
-                let kernel = Depthwise { input: i, output, window };
+                let Conv {
+                    input: i,
+                    output,
+                    window,
+                    ..
+                } = conv;
+                let kernel = Depthwise {
+                    input: i,
+                    output,
+                    window,
+                };
                 kernel.rows(&input, &kernel.pack(&weight, &scale), rows, out);
             } else {
                 let packed = conv.pack(&weight, &scale);
@@ -193,7 +207,10 @@ fn attention_equals_its_definition() {
             for t in 0..tokens {
                 let scores: Vec<f64> = (0..tokens)
                     .map(|u| {
-                        let dot: f64 = columns.clone().map(|c| value(t, 0, c) * value(u, 1, c)).sum();
+                        let dot: f64 = columns
+                            .clone()
+                            .map(|c| value(t, 0, c) * value(u, 1, c))
+                            .sum();
                         (dot / (width as f64).sqrt()).exp()
                     })
                     .collect();
@@ -224,7 +241,11 @@ fn layer_norm_equals_its_definition() {
         for row in input.chunks(dim) {
             let n = dim as f64;
             let mean = row.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
-            let variance = row.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / n;
+            let variance = row
+                .iter()
+                .map(|&v| (f64::from(v) - mean).powi(2))
+                .sum::<f64>()
+                / n;
             for (i, &v) in row.iter().enumerate() {
                 let unit = (f64::from(v) - mean) / (variance + 1e-6).sqrt();
                 expected.push(unit * f64::from(weight[i]) + f64::from(bias[i]));

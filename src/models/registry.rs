@@ -112,20 +112,21 @@ pub fn find(name: &str) -> Result<Choice, UnknownModel> {
             similar: similar(base),
         });
     };
-    let weights = match tag {
-        None => row
-            .weights
-            .iter()
-            .find(|w| w.is_embedded())
-            .or(row.weights.first()),
-        Some(tag) => Some(row.weights.iter().find(|w| w.tag == tag).ok_or_else(|| {
-            UnknownModel::Tag {
-                name: row.name.to_string(),
-                tag: tag.to_string(),
-                tags: row.weights.iter().map(|w| w.tag.to_string()).collect(),
-            }
-        })?),
-    };
+    let weights =
+        match tag {
+            None => row
+                .weights
+                .iter()
+                .find(|w| w.is_embedded())
+                .or(row.weights.first()),
+            Some(tag) => Some(row.weights.iter().find(|w| w.tag == tag).ok_or_else(|| {
+                UnknownModel::Tag {
+                    name: row.name.to_string(),
+                    tag: tag.to_string(),
+                    tags: row.weights.iter().map(|w| w.tag.to_string()).collect(),
+                }
+            })?),
+        };
     Ok(Choice { row, weights })
 }
 
@@ -290,7 +291,12 @@ static MODELS: &[ModelRow] = &[
         weights: &[
             tv2("mobilenet_v2-7ebf99e0.pth", 72.154),
             embedded(tv("mobilenet_v2-b0353104.pth", 71.878, RESIZE_256)),
-            hub("ra_in1k", "timm/mobilenetv2_100.ra_in1k", 72.910, BICUBIC_875),
+            hub(
+                "ra_in1k",
+                "timm/mobilenetv2_100.ra_in1k",
+                72.910,
+                BICUBIC_875,
+            ),
         ],
     },
     ModelRow {

@@ -130,7 +130,13 @@ fn block(
             .stride(stride)
             .padding(Padding::Symmetric(0));
         let name = format!("{name}.downsample");
-        conv_norm(b, &format!("{name}.0"), &format!("{name}.1"), projection, input)
+        conv_norm(
+            b,
+            &format!("{name}.0"),
+            &format!("{name}.1"),
+            projection,
+            input,
+        )
     } else {
         input
     };

@@ -113,7 +113,10 @@ impl<W: Write> Writer<W> {
     /// Where `out` fails; likewise below.
     pub fn new(mut out: W, format: Format) -> io::Result<Self> {
         if format == Format::Csv {
-            csv_row(&mut out, &["path", "rank", "index", "label", "probability", "error"])?;
+            csv_row(
+                &mut out,
+                &["path", "rank", "index", "label", "probability", "error"],
+            )?;
         }
         Ok(Self {
             out,
@@ -161,7 +164,11 @@ impl<W: Write> Writer<W> {
             writeln!(self.out)?;
         }
         let Prediction { width, height, .. } = prediction;
-        writeln!(self.out, "{bold}{}{bold:#}  {dim}{width} x {height}{dim:#}", record.path)?;
+        writeln!(
+            self.out,
+            "{bold}{}{bold:#}  {dim}{width} x {height}{dim:#}",
+            record.path
+        )?;
         for (rank, ranked) in prediction.top.iter().enumerate() {
             let style = if rank == 0 { green } else { Style::new() };
             let percent = ranked.probability * 100.0;
@@ -204,7 +211,9 @@ impl<W: Write> Writer<W> {
 fn csv_row(out: &mut impl Write, fields: &[&str]) -> io::Result<()> {
     let mut writer = csv::Writer::from_writer(Vec::new());
     writer.write_record(fields)?;
-    let row = writer.into_inner().map_err(|e| io::Error::other(e.to_string()))?;
+    let row = writer
+        .into_inner()
+        .map_err(|e| io::Error::other(e.to_string()))?;
     out.write_all(&row)
 }
 
@@ -275,7 +284,8 @@ mod tests {
 
     #[test]
     fn json_is_one_array_also_of_nothing() {
-        let all: serde_json::Value = serde_json::from_str(&written(Format::Json, &records())).unwrap();
+        let all: serde_json::Value =
+            serde_json::from_str(&written(Format::Json, &records())).unwrap();
         assert_eq!(all.as_array().unwrap().len(), 2);
         assert_eq!(written(Format::Json, &[]), "[]\n");
     }

@@ -6,8 +6,8 @@ use anstyle::Style;
 use serde::Serialize;
 
 use crate::graph::{Graph, GraphError};
-use crate::models::registry::{self, DEFAULT_PREPROCESSING};
 use crate::models::Source;
+use crate::models::registry::{self, DEFAULT_PREPROCESSING};
 
 /// One network as `sconce models --format json` lists it.
 #[derive(Clone, Debug, Serialize)]
@@ -80,9 +80,13 @@ pub fn write_table(models: &[ListedModel], out: &mut impl Write) -> io::Result<(
         "network", "parameters", "GMACs", "input", "top-1"
     )?;
     for model in models {
-        let best = model.weights.iter().map(|w| w.top1).fold(None, |best, top1| {
-            Some(best.map_or(top1, |b: f32| b.max(top1)))
-        });
+        let best = model
+            .weights
+            .iter()
+            .map(|w| w.top1)
+            .fold(None, |best, top1| {
+                Some(best.map_or(top1, |b: f32| b.max(top1)))
+            });
         let top1 = best.map_or("-".into(), |t| format!("{t:.1}"));
         let tags: Vec<String> = model
             .weights
@@ -92,7 +96,11 @@ pub fn write_table(models: &[ListedModel], out: &mut impl Write) -> io::Result<(
                 _ => w.tag.to_string(),
             })
             .collect();
-        let tags = if tags.is_empty() { "none".into() } else { tags.join(", ") };
+        let tags = if tags.is_empty() {
+            "none".into()
+        } else {
+            tags.join(", ")
+        };
         writeln!(
             out,
             "{:width$}  {:>10}  {:>8.3}  {:>5}  {top1:>6}  {dim}{tags}{dim:#}",

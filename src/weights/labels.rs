@@ -60,7 +60,9 @@ fn parse(text: &str) -> Result<Vec<String>, String> {
     } else if text.starts_with('[') {
         serde_json::from_str(text).map_err(|e| e.to_string())?
     } else {
-        text.lines().map(|l| l.trim().to_string()).collect::<Vec<_>>()
+        text.lines()
+            .map(|l| l.trim().to_string())
+            .collect::<Vec<_>>()
     };
     if labels.is_empty() || labels.iter().all(String::is_empty) {
         return Err("no names".into());
@@ -90,7 +92,11 @@ mod tests {
 
     #[test]
     fn a_map_with_a_gap_or_without_indices_is_refused() {
-        assert!(parse(r#"{"0": "daisy", "2": "tulip"}"#).unwrap_err().contains("index 1"));
+        assert!(
+            parse(r#"{"0": "daisy", "2": "tulip"}"#)
+                .unwrap_err()
+                .contains("index 1")
+        );
         assert!(parse(r#"{"daisy": "0"}"#).is_err());
         assert!(parse("\n\n").is_err());
     }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use candle_core::Device;
 
-use super::{Description, LabelsError, SafetensorsFile, WeightsError, imagenet_labels, read_labels};
+use super::{
+    Description, LabelsError, SafetensorsFile, WeightsError, imagenet_labels, read_labels,
+};
 use crate::exec::Runner;
 use crate::exec::cpu::PlanError;
 use crate::exec::params::{LoadReport, Params, TensorSource};
@@ -59,9 +61,7 @@ pub enum ModelError {
     Labels(#[from] LabelsError),
     #[error(transparent)]
     Plan(#[from] PlanError),
-    #[error(
-        "{path}: does not say what network it is (name it with -m NAME --weights {path})"
-    )]
+    #[error("{path}: does not say what network it is (name it with -m NAME --weights {path})")]
     Undescribed { path: String },
     #[error("-m {model}: {file} is a {family} of another configuration (leave -m NAME out)")]
     OtherArchitecture {
@@ -69,7 +69,9 @@ pub enum ModelError {
         file: String,
         family: &'static str,
     },
-    #[error("-m {name}: its weights are not on this machine (get {from} as safetensors and give it with --weights FILE)")]
+    #[error(
+        "-m {name}: its weights are not on this machine (get {from} as safetensors and give it with --weights FILE)"
+    )]
     NotHere { name: String, from: String },
     #[error("-m {name}: no weights have been published for it (give some with --weights FILE)")]
     Unpublished { name: String },
@@ -96,7 +98,10 @@ pub enum ModelError {
 fn describe(report: &LoadReport) -> String {
     let mut parts = Vec::new();
     if let Some(first) = report.missing.first() {
-        parts.push(format!("{} tensors missing, first {first}", report.missing.len()));
+        parts.push(format!(
+            "{} tensors missing, first {first}",
+            report.missing.len()
+        ));
     }
     if let Some((name, (wanted, held))) = report.mismatched.first_key_value() {
         parts.push(format!(
@@ -189,7 +194,13 @@ fn from_registry(request: &Request) -> Result<Model, ModelError> {
             (Some(file), Some(shown), description)
         }
     };
-    let mut model = build((name, architecture), description, source, from, request.seed)?;
+    let mut model = build(
+        (name, architecture),
+        description,
+        source,
+        from,
+        request.seed,
+    )?;
     if model.labels.is_empty() {
         model.preprocessing = choice.preprocessing();
         model.labels = match model.graph.num_classes() {
@@ -200,10 +211,7 @@ fn from_registry(request: &Request) -> Result<Model, ModelError> {
     Ok(model)
 }
 
-fn describe_file(
-    file: &SafetensorsFile,
-    path: &Path,
-) -> Result<Option<Description>, WeightsError> {
+fn describe_file(file: &SafetensorsFile, path: &Path) -> Result<Option<Description>, WeightsError> {
     let parse = |text| {
         Description::parse(text).map_err(|reason| WeightsError::Description {
             path: path.display().to_string(),

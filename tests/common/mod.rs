@@ -138,3 +138,26 @@ pub fn relative_error(a: &[f32], b: &[f32]) -> f64 {
     let difference = a.iter().zip(b).map(|(a, b)| f64::from(*a) - f64::from(*b));
     norm(&mut { difference }) / norm(&mut b.iter().map(|&v| f64::from(v)))
 }
+
+/// Writes a network's formula-filled weights as a safetensors file.
+pub fn write_formula(path: &Path, model: &str, classes: usize) {
+    let graph = sconce::models::registry::find(model)
+        .unwrap()
+        .row
+        .architecture
+        .graph(classes);
+    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = graph
+        .parameters()
+        .map(|p| {
+            let values = parameter(&p.name, &p.shape);
+            let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            (p.name.clone(), p.shape.clone(), bytes)
+        })
+        .collect();
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        let view =
+            safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes);
+        (name, view.unwrap())
+    });
+    safetensors::serialize_to_file(views, None, path).unwrap();
+}

@@ -3,9 +3,9 @@
 use candle_core::Tensor;
 use candle_nn::var_builder::VarBuilder;
 
+use super::PlanError;
 use super::arena::{Lifetime, ValueId};
 use super::step::{Epilogue, Kind, Step};
-use super::PlanError;
 use crate::exec::params::fetch;
 use crate::graph::{Activation, Conv2d, Graph, Node, NodeId, Op, Padding, Pool2d, Shape};
 use crate::kernels::conv::{Conv, Depthwise};
@@ -451,7 +451,9 @@ fn resample_grid(
                 let weight = row[pixel / grid] * column[pixel % grid];
                 if weight != 0.0 {
                     let sum = &mut result[start..];
-                    sum.iter_mut().zip(position).for_each(|(s, p)| *s += weight * p);
+                    sum.iter_mut()
+                        .zip(position)
+                        .for_each(|(s, p)| *s += weight * p);
                 }
             }
         }

@@ -98,7 +98,11 @@ impl Plan {
         pool.install(|| {
             for step in steps {
                 let output = values[step.output].range(count);
-                let inputs: Vec<_> = step.inputs.iter().map(|&i| values[i].range(count)).collect();
+                let inputs: Vec<_> = step
+                    .inputs
+                    .iter()
+                    .map(|&i| values[i].range(count))
+                    .collect();
                 let (output, inputs) = arena.split(output, &inputs);
                 step.run(&inputs, output, count);
             }

@@ -43,29 +43,44 @@ pub(super) enum Kind {
         epilogue: Epilogue,
     },
     /// A batch norm that follows no convolution.
-    ScaleShift { scale: Vec<f32>, shift: Vec<f32> },
+    ScaleShift {
+        scale: Vec<f32>,
+        shift: Vec<f32>,
+    },
     Activation(Activation),
     Add,
     /// The second input may be one pixel.
     Multiply,
     Concat,
-    Slice { start: usize },
-    ChannelShuffle { groups: usize },
+    Slice {
+        start: usize,
+    },
+    ChannelShuffle {
+        groups: usize,
+    },
     MaxPool(Pool),
     AvgPool(Pool),
     GlobalAvgPool,
     /// The token, then the input's.
-    ClassToken { token: Vec<f32> },
+    ClassToken {
+        token: Vec<f32>,
+    },
     /// Adds a constant of the image's shape.
-    AddConstant { values: Vec<f32> },
+    AddConstant {
+        values: Vec<f32>,
+    },
     LayerNorm {
         weight: Vec<f32>,
         bias: Vec<f32>,
         eps: f64,
     },
     /// Reads queries, keys and values side by side.
-    Attention { heads: usize },
-    SelectToken { index: usize },
+    Attention {
+        heads: usize,
+    },
+    SelectToken {
+        index: usize,
+    },
 }
 
 thread_local! {
@@ -168,7 +183,9 @@ impl Step {
                 norm::layer_norm(same_rows(0, i, &rows), weight, bias, *eps, out);
             }),
             Kind::Attention { heads } => {
-                let Dims { h: tokens, c: dim, .. } = self.output_dims;
+                let Dims {
+                    h: tokens, c: dim, ..
+                } = self.output_dims;
                 // Heads interleave in the output, so each is computed apart and then put there.
                 let width = dim / heads;
                 let mut parts = vec![0.0; output.len()];

@@ -1,0 +1,187 @@
+//! The way from a picture's bytes to logits, against Pillow and torchvision
+//! (tests/oracle/photos.py).
+
+mod common;
+
+use std::path::PathBuf;
+
+use common::{f32_tensor, golden, photo, repository};
+use image::{DynamicImage, GrayAlphaImage, GrayImage, ImageFormat, RgbImage, RgbaImage};
+use sconce::data::{Decoder, Rgb, crop_pixels, prepare};
+use sconce::models::{Interpolation, Preprocessing};
+use sconce::weights::{Request, WeightsChoice, resolve};
+
+const DECODER: Decoder = Decoder {
+    max_pixels: 100_000_000,
+    background: None,
+};
+
+#[derive(serde::Deserialize)]
+struct Crop {
+    name: String,
+    height: usize,
+    width: usize,
+    channels: usize,
+    resize: usize,
+    crop: usize,
+    interpolation: Interpolation,
+    hash: String,
+    first: Vec<u8>,
+}
+
+/// A formula's picture as a PNG file.
+fn png(crop: &Crop) -> Vec<u8> {
+    let pixels = photo(&crop.name, crop.height, crop.width, crop.channels);
+    let (w, h) = (crop.width as u32, crop.height as u32);
+    let image: DynamicImage = match crop.channels {
+        1 => GrayImage::from_raw(w, h, pixels).unwrap().into(),
+        2 => GrayAlphaImage::from_raw(w, h, pixels).unwrap().into(),
+        3 => RgbImage::from_raw(w, h, pixels).unwrap().into(),
+        _ => RgbaImage::from_raw(w, h, pixels).unwrap().into(),
+    };
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    image.write_to(&mut bytes, ImageFormat::Png).unwrap();
+    bytes.into_inner()
+}
+
+#[test]
+fn preprocessed_png_files_equal_torchvisions_bit_for_bit() {
+    let crops: Vec<Crop> = serde_json::from_slice(&golden("crops.json")).unwrap();
+    assert!(crops.len() > 40);
+    for crop in &crops {
+        let image = DECODER.decode(&png(crop)).unwrap();
+        let preprocessing = Preprocessing {
+            interpolation: crop.interpolation,
+            ..Preprocessing::torchvision(crop.resize, crop.crop)
+        };
+        let pixels = crop_pixels(&image, &preprocessing);
+        let hash = pixels
+            .iter()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| {
+                (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+            });
+        let what = format!(
+            "{} x {} x {}, {:?} to {}",
+            crop.height, crop.width, crop.channels, crop.interpolation, crop.resize
+        );
+        assert_eq!(pixels[..crop.first.len()], crop.first, "{what}");
+        assert_eq!(format!("{hash:016x}"), crop.hash, "{what}");
+    }
+}
+
+/// Largest difference of a pixel that a decoder may make: JPEG's inverse transform is rounded as
+/// each decoder sees fit, chroma is upsampled by different filters, and ink is turned into RGB in
+/// another order of roundings.
+fn tolerance(name: &str) -> u8 {
+    match name {
+        "420.jpg" => 4,
+        _ if name.ends_with(".jpg") || name == "wrong-extension.png" => 2,
+        "cmyk.tiff" => 1,
+        _ => 0,
+    }
+}
+
+#[test]
+fn every_kind_of_file_is_read_as_pillow_reads_it() {
+    let bytes = golden("images.safetensors");
+    let goldens = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut failures = Vec::new();
+    for (name, expected) in goldens.tensors() {
+        let file = std::fs::read(repository("tests/images").join(&name)).unwrap();
+        let image = match DECODER.decode(&file) {
+            Ok(image) => image,
+            Err(error) => {
+                failures.push(format!("{name}: {error}"));
+                continue;
+            }
+        };
+        assert_eq!(expected.shape(), [image.height, image.width, 3], "{name}");
+        let differences = image.pixels.iter().zip(expected.data());
+        let largest = differences.map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+        println!("{name}: {largest}");
+        if largest > tolerance(&name) {
+            failures.push(format!("{name}: differs by {largest}"));
+        }
+    }
+    assert!(failures.is_empty(), "{failures:#?}");
+}
+
+#[test]
+fn a_background_shows_through_transparent_pixels() {
+    let mut image = RgbaImage::new(2, 1);
+    image.put_pixel(0, 0, image::Rgba([10, 20, 30, 0]));
+    image.put_pixel(1, 0, image::Rgba([10, 20, 30, 255]));
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    image.write_to(&mut bytes, ImageFormat::Png).unwrap();
+    let decode = |background| {
+        let decoder = Decoder {
+            background,
+            ..DECODER
+        };
+        decoder.decode(bytes.get_ref()).unwrap().pixels
+    };
+    assert_eq!(decode(None), [10, 20, 30, 10, 20, 30]);
+    assert_eq!(decode(Some([255; 3])), [255, 255, 255, 10, 20, 30]);
+}
+
+/// Logits of a photo of assets/, with these weights.
+fn logits(name: &str, weights: WeightsChoice) -> Vec<f32> {
+    let request = Request {
+        model: "mobilenet_v2".into(),
+        weights,
+        labels: None,
+        seed: 0,
+    };
+    let model = resolve(&request).unwrap();
+    let bytes = std::fs::read(repository("assets").join(name)).unwrap();
+    let image: Rgb = DECODER.decode(&bytes).unwrap();
+    let pixels = prepare(&image, &model.preprocessing);
+    let mut runner = model.runner(&candle_core::Device::Cpu, 2).unwrap();
+    runner.logits(&pixels, 1).unwrap()
+}
+
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter()
+        .zip(b)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, f32::max)
+}
+
+const PHOTOS: [&str; 3] = ["cat.png", "coffee.png", "photographer.png"];
+
+#[test]
+#[cfg(feature = "embedded")]
+fn photos_give_torchvisions_logits() {
+    let bytes = golden("photos.safetensors");
+    let goldens = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    for name in PHOTOS {
+        let logits = logits(name, WeightsChoice::Published);
+        // The same weights: only the order of sums differs.
+        let (_, expected) = f32_tensor(&goldens, &format!("embedded/{name}"));
+        let same = largest_difference(&logits, &expected);
+        // The published weights, before they were rounded.
+        let (_, expected) = f32_tensor(&goldens, &format!("published/{name}"));
+        let rounded = largest_difference(&logits, &expected);
+        println!("{name}: {same:e} with the same weights, {rounded:e} with the published ones");
+        assert!(same <= 1e-3, "{name}: {same}");
+        assert!(rounded <= 0.05, "{name}: {rounded}");
+    }
+}
+
+/// With the published float32 weights, which are too large for the repository: make them with
+/// `weights/embed.py --float32 FILE` and name FILE in SCONCE_MOBILENET_V2.
+#[test]
+#[ignore = "needs the published weights"]
+fn photos_give_torchvisions_logits_with_the_published_weights() {
+    let path = std::env::var_os("SCONCE_MOBILENET_V2").expect("SCONCE_MOBILENET_V2 names the file");
+    let bytes = golden("photos.safetensors");
+    let goldens = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    for name in PHOTOS {
+        let logits = logits(name, WeightsChoice::File(PathBuf::from(&path)));
+        let (_, expected) = f32_tensor(&goldens, &format!("published/{name}"));
+        let difference = largest_difference(&logits, &expected);
+        println!("{name}: {difference:e}");
+        assert!(difference <= 1e-3, "{name}: {difference}");
+    }
+}
