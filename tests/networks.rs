@@ -21,8 +21,18 @@ struct Facts {
 
 struct Golden {
     facts: Facts,
-    /// Height, width, `[N, classes]` and the tolerated relative error.
-    logits: Vec<([usize; 2], [usize; 2], Vec<f32>, f64)>,
+    cases: Vec<Case>,
+}
+
+/// The reference's logits for a batch of images of one size.
+struct Case {
+    height: usize,
+    width: usize,
+    count: usize,
+    classes: usize,
+    logits: Vec<f32>,
+    /// Relative error.
+    tolerance: f64,
 }
 
 fn load(row: &ModelRow) -> Golden {
@@ -31,7 +41,7 @@ fn load(row: &ModelRow) -> Golden {
     let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
     let facts = &header.metadata().as_ref().unwrap()["facts"];
     let facts: Facts = serde_json::from_str(facts).unwrap();
-    let logits = file
+    let cases = file
         .names()
         .into_iter()
         .map(|name| {
@@ -39,15 +49,17 @@ fn load(row: &ModelRow) -> Golden {
             let (shape, values) = f32_tensor(&file, name);
             // Twice what float32 itself costs the reference, where that is more.
             let tolerance = (2.0 * facts.float32_error[name]).max(1e-5);
-            (
-                [height.parse().unwrap(), width.parse().unwrap()],
-                [shape[0], shape[1]],
-                values,
+            Case {
+                height: height.parse().unwrap(),
+                width: width.parse().unwrap(),
+                count: shape[0],
+                classes: shape[1],
+                logits: values,
                 tolerance,
-            )
+            }
         })
         .collect();
-    Golden { facts, logits }
+    Golden { facts, cases }
 }
 
 /// Checks the rows of one family, so that families run side by side.
@@ -65,7 +77,7 @@ fn check_family(family: &str) {
 
 fn check(row: &ModelRow) {
     let golden = load(row);
-    let classes = golden.logits[0].1[1];
+    let classes = golden.cases[0].classes;
     let graph = row.architecture.graph(classes);
 
     let costs = graph.costs(224, 224).unwrap().total();
@@ -83,19 +95,25 @@ fn check(row: &ModelRow) {
     let vb = params.var_builder(&Device::Cpu);
     let eager = Eager::new(graph.clone(), &vb).unwrap();
     assert!(params.report().is_complete() && params.report().unexpected.is_empty());
-    for ([height, width], [count, _], expected, tolerance) in &golden.logits {
-        let (height, width, count) = (*height, *width, *count);
+    for case in &golden.cases {
+        let Case {
+            height,
+            width,
+            count,
+            tolerance,
+            ..
+        } = *case;
         let nchw = images(count, height, width);
         let nhwc = channels_last(&nchw, [count, 3, height, width]);
 
         let batch = Tensor::from_vec(nchw, (count, 3, height, width), &Device::Cpu).unwrap();
         let logits = eager.forward(&batch).unwrap();
         let logits = logits.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        let eager_error = relative_error(&logits, expected);
+        let eager_error = relative_error(&logits, &case.logits);
 
         let mut plan = Plan::compile(&graph, &vb, [height, width], &[graph.output()], 2).unwrap();
         plan.run(&nhwc, count);
-        let plan_error = relative_error(plan.output(0, count), expected);
+        let plan_error = relative_error(plan.output(0, count), &case.logits);
         let batched = plan.output(0, count)[..classes].to_vec();
         plan.run(&nhwc[..height * width * 3], 1);
         assert_eq!(
@@ -110,15 +128,11 @@ fn check(row: &ModelRow) {
             row.name
         );
         assert!(
-            eager_error <= *tolerance,
+            eager_error <= tolerance,
             "{}: eager {eager_error:e}",
             row.name
         );
-        assert!(
-            plan_error <= *tolerance,
-            "{}: plan {plan_error:e}",
-            row.name
-        );
+        assert!(plan_error <= tolerance, "{}: plan {plan_error:e}", row.name);
     }
 }
 

@@ -70,7 +70,7 @@ impl Decoder {
                 return Err(ImageError::Truncated);
             }
             image.apply_orientation(orientation);
-            Ok(self.to_rgb(image))
+            Ok(self.convert(image))
         })
     }
 
@@ -107,7 +107,7 @@ impl Decoder {
         Ok((format, decoder))
     }
 
-    fn to_rgb(&self, image: DynamicImage) -> Rgb {
+    fn convert(self, image: DynamicImage) -> Rgb {
         // Of 16-bit samples the upper half counts: Pillow reads RGB so, and clips grey to white.
         let high = |v: u16| (v >> 8) as u8;
         let grey = |v: u8| [v; 3];
