@@ -124,10 +124,10 @@ fn a_background_shows_through_transparent_pixels() {
     assert_eq!(decode(Some([255; 3])), [255, 255, 255, 10, 20, 30]);
 }
 
-/// Logits of a photo of assets/, with these weights.
-fn logits(name: &str, weights: WeightsChoice) -> Vec<f32> {
+/// Logits of a photo of assets/, from this network with these weights.
+fn logits(name: &str, network: &str, weights: WeightsChoice) -> Vec<f32> {
     let request = Request {
-        model: "mobilenet_v2".into(),
+        model: network.into(),
         weights,
         labels: None,
         seed: 0,
@@ -156,7 +156,7 @@ fn photos_give_torchvisions_logits() {
     let bytes = golden("photos.safetensors");
     let goldens = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     for name in PHOTOS {
-        let logits = logits(name, WeightsChoice::Published);
+        let logits = logits(name, "mobilenet_v2", WeightsChoice::Published);
         // The same weights: only the order of sums differs.
         let (_, expected) = f32_tensor(&goldens, &format!("embedded/{name}"));
         let same = largest_difference(&logits, &expected);
@@ -169,19 +169,27 @@ fn photos_give_torchvisions_logits() {
     }
 }
 
-/// With the published float32 weights, which are too large for the repository: make them with
-/// `weights/embed.py --float32 FILE` and name FILE in SCONCE_MOBILENET_V2.
+/// With published float32 weights, which are too large for the repository. SCONCE_TEST_WEIGHTS
+/// names a folder that holds them as safetensors: mobilenet_v2 (`weights/convert.py torchvision
+/// mobilenet_v2-b0353104.pth`), efficientnet_lite0 and tf_mobilenet_v1_100 (likewise).
 #[test]
-#[ignore = "needs the published weights"]
-fn photos_give_torchvisions_logits_with_the_published_weights() {
-    let path = std::env::var_os("SCONCE_MOBILENET_V2").expect("SCONCE_MOBILENET_V2 names the file");
+#[ignore = "needs published weights"]
+fn photos_give_the_references_logits_with_published_weights() {
+    let folder = std::env::var_os("SCONCE_TEST_WEIGHTS").expect("SCONCE_TEST_WEIGHTS is a folder");
     let bytes = golden("photos.safetensors");
     let goldens = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    for name in PHOTOS {
-        let logits = logits(name, WeightsChoice::File(PathBuf::from(&path)));
-        let (_, expected) = f32_tensor(&goldens, &format!("published/{name}"));
-        let difference = largest_difference(&logits, &expected);
-        println!("{name}: {difference:e}");
-        assert!(difference <= 1e-3, "{name}: {difference}");
+    for (network, golden) in [
+        ("mobilenet_v2", "published"),
+        ("efficientnet_lite0", "efficientnet_lite0"),
+        ("tf_mobilenet_v1_100", "tf_mobilenet_v1_100"),
+    ] {
+        let path = PathBuf::from(&folder).join(format!("{network}.safetensors"));
+        for name in PHOTOS {
+            let logits = logits(name, network, WeightsChoice::File(path.clone()));
+            let (_, expected) = f32_tensor(&goldens, &format!("{golden}/{name}"));
+            let difference = largest_difference(&logits, &expected);
+            println!("{network}, {name}: {difference:e}");
+            assert!(difference <= 1e-3, "{network}, {name}: {difference}");
+        }
     }
 }

@@ -5,7 +5,7 @@
 needs torch, numpy and safetensors. The input is torchvision's file of that name; the letters in
 its name are the start of its SHA-256, which is checked. Matrices are rounded to float16, vectors
 stay float32. The result is a model file: its metadata say what network it is, its classes and its
-preprocessing. With `--float32 FILE` the unrounded weights are written too, for comparisons.
+preprocessing.
 """
 
 import argparse
@@ -24,7 +24,6 @@ SHA256 = "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889"
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pth", type=Path)
-    parser.add_argument("--float32", type=Path)
     arguments = parser.parse_args()
     found = hashlib.sha256(arguments.pth.read_bytes()).hexdigest()
     if found != SHA256:
@@ -35,8 +34,6 @@ def main():
         for name, tensor in state.items()
         if not name.endswith("num_batches_tracked")
     }
-    if arguments.float32:
-        save_file(tensors, arguments.float32)
     halved = {n: t.astype(np.float16) if t.ndim > 1 else t for n, t in tensors.items()}
     labels = (HERE.parent / "assets" / "imagenet_labels.txt").read_text().splitlines()
     description = {

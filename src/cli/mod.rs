@@ -43,6 +43,7 @@ enum Command {
 
 /// Options of every subcommand.
 #[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Common options")]
 struct Global {
     /// Network: a name (see `sconce models`), NAME.TAG for one of several weights, or a model file
     #[arg(

@@ -3,7 +3,7 @@ use std::io::Write;
 use clap::{Args, ValueEnum};
 
 use super::{Global, Outcome};
-use crate::models::registry;
+use crate::models::registry::{self, IMAGENET_CLASSES};
 use crate::report;
 use crate::weights::ModelError;
 
@@ -17,7 +17,7 @@ pub struct Arguments {
     /// Show this network's layers with shapes and costs
     #[arg(value_name = "NAME")]
     name: Option<String>,
-    /// How to print the list
+    /// How to print
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
 }
@@ -30,21 +30,20 @@ enum Format {
 
 pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     let mut out = global.stdout();
-    match &arguments.name {
-        Some(name) => {
-            let choice = registry::find(name).map_err(ModelError::Unknown)?;
-            let graph = choice.row.architecture.graph(1000);
-            let size = choice.preprocessing().crop;
-            let mut text = Vec::new();
-            report::write_layers(choice.row.name, &graph, size, &mut text)?;
-            out.write_all(&text)?;
+    if let Some(name) = &arguments.name {
+        let choice = registry::find(name).map_err(ModelError::Unknown)?;
+        let graph = choice.row.architecture.graph(IMAGENET_CLASSES);
+        let size = choice.preprocessing().crop;
+        let layers = report::layers(&graph, size)?;
+        match arguments.format {
+            Format::Text => report::write_layers(choice.row.name, &layers, size, &mut out)?,
+            Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&layers)?)?,
         }
-        None => {
-            let models = report::list()?;
-            match arguments.format {
-                Format::Text => report::write_table(&models, &mut out)?,
-                Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&models)?)?,
-            }
+    } else {
+        let models = report::list()?;
+        match arguments.format {
+            Format::Text => report::write_table(&models, &mut out)?,
+            Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&models)?)?,
         }
     }
     Ok(Outcome::AllDone)

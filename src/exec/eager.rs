@@ -449,3 +449,72 @@ fn windows(x: &Tensor, [kh, kw]: [usize; 2], stride: usize) -> Result<Vec<Tensor
     })
     .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use rand::SeedableRng;
+
+    use super::*;
+    use crate::exec::params::Params;
+    use crate::graph::{Builder, InitScheme, Norm};
+
+    /// A network that is one operation on the image.
+    fn single(add: impl FnOnce(&mut Builder, NodeId)) -> Eager {
+        let mut b = Builder::new(InitScheme::FanIn);
+        let input = b.input();
+        add(&mut b, input);
+        let vb = Params::new(None, 0).var_builder(&Device::Cpu);
+        Eager::new(b.finish(), &vb).unwrap()
+    }
+
+    fn train(network: &Eager, x: &Tensor, seed: u64) -> Result<Tensor> {
+        let mut training = Training::new(ChaCha8Rng::seed_from_u64(seed));
+        network.forward_observed(x, Mode::Train(&mut training), &mut |_, _| Ok(()))
+    }
+
+    #[test]
+    fn dropout_follows_its_seed_keeps_the_mean_and_rests_in_evaluation() -> Result<()> {
+        let network = single(|b, x| {
+            b.add("dropout", Op::Dropout { p: 0.3 }, &[x]);
+        });
+        let x = Tensor::ones((2, 3, 80, 80), candle_core::DType::F32, &Device::Cpu)?;
+        let values = |y: Tensor| y.flatten_all()?.to_vec1::<f32>();
+        let first = values(train(&network, &x, 1)?)?;
+        assert_eq!(first, values(train(&network, &x, 1)?)?);
+        assert_ne!(first, values(train(&network, &x, 2)?)?);
+        let dropped = first.iter().filter(|&&v| v == 0.0).count() as f64 / first.len() as f64;
+        assert!((dropped - 0.3).abs() < 0.01, "{dropped}");
+        let kept = 1.0 / 0.7;
+        assert!(first.iter().all(|&v| v == 0.0 || (v - kept).abs() < 1e-6));
+        assert!(values(network.forward(&x)?)?.iter().all(|&v| v == 1.0));
+        Ok(())
+    }
+
+    #[test]
+    fn one_value_a_channel_cannot_be_trained_on() -> Result<()> {
+        let network = single(|b, x| {
+            let conv = Conv2d::new(3, 4, 3).stride(2);
+            b.conv_norm("stem.0", "stem.1", conv, Norm::PYTORCH, x);
+        });
+        let image = |count, side| {
+            Tensor::ones(
+                (count, 3, side, side),
+                candle_core::DType::F32,
+                &Device::Cpu,
+            )
+        };
+        let error = train(&network, &image(1, 2)?, 0).unwrap_err().to_string();
+        assert!(
+            error.contains("layer stem.1") && error.contains("larger batch"),
+            "{error}"
+        );
+        // Two images, or two pixels, are enough, and so is evaluation.
+        for (count, side) in [(2, 2), (1, 4)] {
+            let values = train(&network, &image(count, side)?, 0)?.flatten_all()?;
+            assert!(values.to_vec1::<f32>()?.iter().all(|v| v.is_finite()));
+        }
+        network.forward(&image(1, 2)?)?;
+        Ok(())
+    }
+}

@@ -18,6 +18,27 @@ pub enum InitScheme {
     Transformer,
 }
 
+/// Settings of a batch norm.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Norm {
+    pub eps: f64,
+    /// Weight of the new batch in the running statistics (PyTorch's meaning).
+    pub momentum: f64,
+}
+
+impl Norm {
+    /// PyTorch's defaults.
+    pub const PYTORCH: Self = Self {
+        eps: 1e-5,
+        momentum: 0.1,
+    };
+    /// What TensorFlow's mobile networks are trained with.
+    pub const TENSORFLOW: Self = Self {
+        eps: 1e-3,
+        momentum: 0.01,
+    };
+}
+
 /// Puts a [`Graph`] together, node by node.
 pub struct Builder {
     nodes: Vec<Node>,
@@ -59,6 +80,25 @@ impl Builder {
 
     pub fn conv(&mut self, name: impl Into<String>, conv: Conv2d, input: NodeId) -> NodeId {
         self.add(name, Op::Conv2d(conv), &[input])
+    }
+
+    /// A convolution and the batch norm that follows it.
+    pub fn conv_norm(
+        &mut self,
+        conv_name: impl Into<String>,
+        norm_name: impl Into<String>,
+        conv: Conv2d,
+        Norm { eps, momentum }: Norm,
+        input: NodeId,
+    ) -> NodeId {
+        let channels = conv.out_channels;
+        let x = self.conv(conv_name, conv, input);
+        let norm = Op::BatchNorm {
+            channels,
+            eps,
+            momentum,
+        };
+        self.add(norm_name, norm, &[x])
     }
 
     pub fn activation(

@@ -9,7 +9,7 @@ mod cost;
 mod op;
 mod shape;
 
-pub use builder::{Builder, InitScheme};
+pub use builder::{Builder, InitScheme, Norm};
 pub use cost::{Cost, Costs};
 pub use op::{Activation, Conv2d, Init, Op, Padding, Parameter, Pool2d, PositionInterpolation};
 pub use shape::Shape;

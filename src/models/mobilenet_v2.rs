@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{check_width, make_divisible};
-use crate::graph::{Activation, Builder, Conv2d, Graph, InitScheme, NodeId, Op};
+use crate::graph::{Activation, Builder, Conv2d, Graph, InitScheme, NodeId, Norm, Op};
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Config {
@@ -80,9 +80,8 @@ fn inverted_residual(
     let depthwise = Conv2d::new(hidden, hidden, 3).stride(stride).groups(hidden);
     let x = conv_norm_relu(b, &format!("{name}.conv.{index}"), depthwise, x);
     let projection = Conv2d::new(hidden, out_channels, 1);
-    let x = b.conv(format!("{name}.conv.{}", index + 1), projection, x);
-    let norm = batch_norm(out_channels);
-    let x = b.add(format!("{name}.conv.{}", index + 2), norm, &[x]);
+    let [conv_name, norm_name] = [1, 2].map(|i| format!("{name}.conv.{}", index + i));
+    let x = b.conv_norm(conv_name, norm_name, projection, Norm::PYTORCH, x);
     if stride == 1 && channels == out_channels {
         b.add(format!("{name}.add"), Op::Add, &[input, x])
     } else {
@@ -91,16 +90,7 @@ fn inverted_residual(
 }
 
 fn conv_norm_relu(b: &mut Builder, name: &str, conv: Conv2d, x: NodeId) -> NodeId {
-    let norm = batch_norm(conv.out_channels);
-    let x = b.conv(format!("{name}.0"), conv, x);
-    let x = b.add(format!("{name}.1"), norm, &[x]);
-    b.activation(format!("{name}.2"), Activation::Relu6, x)
-}
-
-fn batch_norm(channels: usize) -> Op {
-    Op::BatchNorm {
-        channels,
-        eps: 1e-5,
-        momentum: 0.1,
-    }
+    let [conv_name, norm_name, relu_name] = [0, 1, 2].map(|i| format!("{name}.{i}"));
+    let x = b.conv_norm(conv_name, norm_name, conv, Norm::PYTORCH, x);
+    b.activation(relu_name, Activation::Relu6, x)
 }

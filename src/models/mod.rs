@@ -3,10 +3,17 @@
 //! A family is a configuration (what its papers vary) and a function that turns the configuration
 //! into a [`Graph`]. A variant is a row of [`registry`].
 
+pub mod efficientnet_lite;
+pub mod mobilenet_v1;
 pub mod mobilenet_v2;
+pub mod mobilenet_v3;
 mod preprocessing;
 pub mod registry;
 pub mod resnet;
+pub mod shufflenet_v1;
+pub mod shufflenet_v2;
+mod timm_layers;
+pub mod vision_transformer;
 
 use serde::{Deserialize, Serialize};
 
@@ -21,8 +28,18 @@ use crate::graph::Graph;
 pub enum Architecture {
     #[serde(rename = "resnet")]
     ResNet(resnet::Config),
+    #[serde(rename = "mobilenet_v1")]
+    MobileNetV1(mobilenet_v1::Config),
     #[serde(rename = "mobilenet_v2")]
     MobileNetV2(mobilenet_v2::Config),
+    #[serde(rename = "mobilenet_v3")]
+    MobileNetV3(mobilenet_v3::Config),
+    #[serde(rename = "shufflenet_v1")]
+    ShuffleNetV1(shufflenet_v1::Config),
+    #[serde(rename = "shufflenet_v2")]
+    ShuffleNetV2(shufflenet_v2::Config),
+    VisionTransformer(vision_transformer::Config),
+    EfficientNetLite(efficientnet_lite::Config),
 }
 
 impl Architecture {
@@ -30,7 +47,13 @@ impl Architecture {
     pub fn graph(&self, num_classes: usize) -> Graph {
         match self {
             Architecture::ResNet(c) => resnet::graph(c, num_classes),
+            Architecture::MobileNetV1(c) => mobilenet_v1::graph(c, num_classes),
             Architecture::MobileNetV2(c) => mobilenet_v2::graph(c, num_classes),
+            Architecture::MobileNetV3(c) => mobilenet_v3::graph(c, num_classes),
+            Architecture::ShuffleNetV1(c) => shufflenet_v1::graph(c, num_classes),
+            Architecture::ShuffleNetV2(c) => shufflenet_v2::graph(c, num_classes),
+            Architecture::VisionTransformer(c) => vision_transformer::graph(c, num_classes),
+            Architecture::EfficientNetLite(c) => efficientnet_lite::graph(c, num_classes),
         }
     }
 
@@ -39,7 +62,13 @@ impl Architecture {
         match self {
             Architecture::ResNet(c) if c.groups > 1 => "ResNeXt",
             Architecture::ResNet(_) => "ResNet",
+            Architecture::MobileNetV1(_) => "MobileNetV1",
             Architecture::MobileNetV2(_) => "MobileNetV2",
+            Architecture::MobileNetV3(_) => "MobileNetV3",
+            Architecture::ShuffleNetV1(_) => "ShuffleNetV1",
+            Architecture::ShuffleNetV2(_) => "ShuffleNetV2",
+            Architecture::VisionTransformer(_) => "Vision Transformer",
+            Architecture::EfficientNetLite(_) => "EfficientNet-Lite",
         }
     }
 
@@ -47,7 +76,13 @@ impl Architecture {
     pub fn check(&self) -> Result<(), String> {
         match self {
             Architecture::ResNet(c) => c.check(),
+            Architecture::MobileNetV1(c) => c.check(),
             Architecture::MobileNetV2(c) => c.check(),
+            Architecture::MobileNetV3(c) => c.check(),
+            Architecture::ShuffleNetV1(c) => c.check(),
+            Architecture::ShuffleNetV2(c) => c.check(),
+            Architecture::VisionTransformer(c) => c.check(),
+            Architecture::EfficientNetLite(_) => Ok(()),
         }
     }
 }

@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::graph::{Activation, Builder, Conv2d, Graph, InitScheme, NodeId, Op, Padding, Pool2d};
+use crate::graph::{Activation, Builder, Conv2d, Graph, InitScheme, NodeId, Norm, Op, Pool2d};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
@@ -65,7 +65,7 @@ pub fn graph(config: &Config, num_classes: usize) -> Graph {
     let mut b = Builder::new(InitScheme::KaimingFanOut);
     let stem = Conv2d::new(3, 64, 7).stride(2);
     let image = b.input();
-    let x = conv_norm(&mut b, "conv1", "bn1", stem, image);
+    let x = b.conv_norm("conv1", "bn1", stem, Norm::PYTORCH, image);
     let x = b.activation("relu", Activation::Relu, x);
     let pool = Pool2d {
         kernel: 3,
@@ -102,8 +102,9 @@ fn block(
         b.activation(format!("{name}.relu{suffix}"), Activation::Relu, x)
     };
     let layer = |b: &mut Builder, index: usize, conv, x| {
-        let (conv_name, norm_name) = (format!("{name}.conv{index}"), format!("{name}.bn{index}"));
-        conv_norm(b, &conv_name, &norm_name, conv, x)
+        let names = [format!("{name}.conv{index}"), format!("{name}.bn{index}")];
+        let [conv_name, norm_name] = names;
+        b.conv_norm(conv_name, norm_name, conv, Norm::PYTORCH, x)
     };
     let (x, out_channels, last_relu) = match config.block {
         Block::Basic => {
@@ -126,30 +127,12 @@ fn block(
         }
     };
     let shortcut = if stride != 1 || channels != out_channels {
-        let projection = Conv2d::new(channels, out_channels, 1)
-            .stride(stride)
-            .padding(Padding::Symmetric(0));
-        let name = format!("{name}.downsample");
-        conv_norm(
-            b,
-            &format!("{name}.0"),
-            &format!("{name}.1"),
-            projection,
-            input,
-        )
+        let projection = Conv2d::new(channels, out_channels, 1).stride(stride);
+        let [conv_name, norm_name] = [0, 1].map(|i| format!("{name}.downsample.{i}"));
+        b.conv_norm(conv_name, norm_name, projection, Norm::PYTORCH, input)
     } else {
         input
     };
     let sum = b.add(format!("{name}.add"), Op::Add, &[x, shortcut]);
     (relu(b, last_relu, sum), out_channels)
-}
-
-fn conv_norm(b: &mut Builder, conv_name: &str, norm_name: &str, conv: Conv2d, x: NodeId) -> NodeId {
-    let op = Op::BatchNorm {
-        channels: conv.out_channels,
-        eps: 1e-5,
-        momentum: 0.1,
-    };
-    let x = b.conv(conv_name, conv, x);
-    b.add(norm_name, op, &[x])
 }

@@ -4,4 +4,6 @@ mod classification;
 mod models;
 
 pub use classification::{Format, Prediction, Ranked, Ranking, Record, Writer};
-pub use models::{ListedModel, ListedWeights, list, write_layers, write_table};
+pub use models::{
+    ListedLayer, ListedModel, ListedWeights, layers, list, write_layers, write_table,
+};

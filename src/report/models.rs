@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::graph::{Graph, GraphError};
 use crate::models::Source;
-use crate::models::registry::{self, DEFAULT_PREPROCESSING};
+use crate::models::registry::{self, DEFAULT_PREPROCESSING, IMAGENET_CLASSES};
 
 /// One network as `sconce models --format json` lists it.
 #[derive(Clone, Debug, Serialize)]
@@ -33,9 +33,6 @@ pub struct ListedWeights {
     pub cached: bool,
 }
 
-/// Classes of ImageNet-1k: what published sizes are counted with.
-const CLASSES: usize = 1000;
-
 /// Every network of the registry.
 ///
 /// # Errors
@@ -44,7 +41,11 @@ pub fn list() -> Result<Vec<ListedModel>, GraphError> {
     let listed = registry::all().iter().map(|row| {
         let preprocessing = row.weights.first().map(|w| w.preprocessing);
         let crop = preprocessing.unwrap_or(DEFAULT_PREPROCESSING).crop;
-        let total = row.architecture.graph(CLASSES).costs(crop, crop)?.total();
+        let total = row
+            .architecture
+            .graph(IMAGENET_CLASSES)
+            .costs(crop, crop)?
+            .total();
         let weights = row.weights.iter().map(|w| ListedWeights {
             tag: w.tag,
             source: match w.source {
@@ -105,7 +106,7 @@ pub fn write_table(models: &[ListedModel], out: &mut impl Write) -> io::Result<(
             out,
             "{:width$}  {:>10}  {:>8.3}  {:>5}  {top1:>6}  {dim}{tags}{dim:#}",
             model.name,
-            millions(model.parameters),
+            format!("{:.2} M", model.parameters as f64 / 1e6),
             model.macs as f64 / 1e9,
             model.input[1],
         )?;
@@ -113,54 +114,77 @@ pub fn write_table(models: &[ListedModel], out: &mut impl Write) -> io::Result<(
     Ok(())
 }
 
-/// Writes a network layer by layer: name, operation, output shape, parameters, multiply-adds.
+/// One layer as `sconce models NAME --format json` lists it.
+#[derive(Clone, Debug, Serialize)]
+pub struct ListedLayer<'a> {
+    pub name: &'a str,
+    pub operation: String,
+    /// `64 x 56 x 56`: channels, height, width; `197 x 768`: tokens, features; `1000`: features.
+    pub output: String,
+    pub parameters: usize,
+    /// Multiply-adds for one image.
+    pub macs: u64,
+}
+
+/// Every layer of a network, for images of `size` x `size`.
 ///
 /// # Errors
-/// Where `out` fails, or the network does not take images of that size.
+/// Where the network does not take such images.
+pub fn layers(graph: &Graph, size: usize) -> Result<Vec<ListedLayer<'_>>, GraphError> {
+    let costs = graph.costs(size, size)?;
+    let listed = graph.nodes().iter().zip(costs.nodes);
+    let listed = listed.map(|(node, (shape, cost))| ListedLayer {
+        name: &node.name,
+        operation: node.op.label(),
+        output: shape.to_string(),
+        parameters: cost.parameters,
+        macs: cost.macs,
+    });
+    Ok(listed.collect())
+}
+
+/// Writes a network layer by layer for people, with the sums last.
+///
+/// # Errors
+/// Where `out` fails.
 pub fn write_layers(
     name: &str,
-    graph: &Graph,
+    layers: &[ListedLayer],
     size: usize,
     out: &mut impl Write,
-) -> anyhow::Result<()> {
-    let costs = graph.costs(size, size)?;
+) -> io::Result<()> {
     let (bold, dim) = (Style::new().bold(), Style::new().dimmed());
-    let labels: Vec<String> = graph.nodes().iter().map(|n| n.op.label()).collect();
-    let shapes: Vec<String> = costs.nodes.iter().map(|(s, _)| s.to_string()).collect();
-    let longest = |texts: &mut dyn Iterator<Item = usize>| texts.max().unwrap_or(0);
-    let names = longest(&mut graph.nodes().iter().map(|n| n.name.len()));
-    let operations = longest(&mut labels.iter().map(String::len));
-    let outputs = longest(&mut shapes.iter().map(String::len)).max("output".len());
+    let longest = |length: fn(&ListedLayer) -> usize| layers.iter().map(length).max().unwrap_or(0);
+    let names = longest(|l| l.name.len());
+    let operations = longest(|l| l.operation.len());
+    let outputs = longest(|l| l.output.len()).max("output".len());
     writeln!(out, "{bold}{name}{bold:#}, an image of {size} x {size}\n")?;
     writeln!(
         out,
         "{bold}{:names$}  {:operations$}  {:>outputs$}  {:>11}  {:>10}{bold:#}",
         "layer", "operation", "output", "parameters", "MMACs"
     )?;
-    let nodes = graph.nodes().iter().zip(&labels).zip(&shapes);
-    for (((node, label), shape), (_, cost)) in nodes.zip(&costs.nodes) {
-        let parameters = some(cost.parameters > 0, || cost.parameters.to_string());
-        let macs = some(cost.macs > 0, || format!("{:.3}", cost.macs as f64 / 1e6));
+    for layer in layers {
+        let parameters = some(layer.parameters > 0, || layer.parameters.to_string());
+        let macs = some(layer.macs > 0, || millions(layer.macs));
         writeln!(
             out,
-            "{:names$}  {dim}{label:operations$}{dim:#}  {shape:>outputs$}  {parameters:>11}  {macs:>10}",
-            node.name,
+            "{:names$}  {dim}{:operations$}{dim:#}  {:>outputs$}  {parameters:>11}  {macs:>10}",
+            layer.name, layer.operation, layer.output
         )?;
     }
-    let total = costs.total();
+    let parameters: usize = layers.iter().map(|l| l.parameters).sum();
+    let macs = millions(layers.iter().map(|l| l.macs).sum());
     writeln!(
         out,
-        "\n{bold}{}{bold:#} parameters, {bold}{:.3}{bold:#} million multiply-adds",
-        total.parameters,
-        total.macs as f64 / 1e6
-    )?;
-    Ok(())
+        "\n{bold}{parameters}{bold:#} parameters, {bold}{macs}{bold:#} million multiply-adds"
+    )
 }
 
 fn some(shown: bool, text: impl FnOnce() -> String) -> String {
     if shown { text() } else { String::new() }
 }
 
-fn millions(count: usize) -> String {
-    format!("{:.2} M", count as f64 / 1e6)
+fn millions(count: u64) -> String {
+    format!("{:.3}", count as f64 / 1e6)
 }

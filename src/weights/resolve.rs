@@ -12,7 +12,7 @@ use crate::exec::Runner;
 use crate::exec::cpu::PlanError;
 use crate::exec::params::{LoadReport, Params, TensorSource};
 use crate::graph::Graph;
-use crate::models::registry::{self, UnknownModel};
+use crate::models::registry::{self, IMAGENET_CLASSES, UnknownModel};
 use crate::models::{Architecture, Preprocessing, Pretrained, Source};
 
 /// What a person asked for.
@@ -204,7 +204,12 @@ fn from_registry(request: &Request) -> Result<Model, ModelError> {
     if model.labels.is_empty() {
         model.preprocessing = choice.preprocessing();
         model.labels = match model.graph.num_classes() {
-            1000 => imagenet_labels(),
+            IMAGENET_CLASSES => imagenet_labels(),
+            // TensorFlow's networks put a class for everything else before ImageNet's.
+            1001 => ["background".into()]
+                .into_iter()
+                .chain(imagenet_labels())
+                .collect(),
             classes => (0..classes).map(|i| format!("class {i}")).collect(),
         };
     }
@@ -246,12 +251,11 @@ fn build(
     weights_from: Option<String>,
     seed: u64,
 ) -> Result<Model, ModelError> {
-    const DEFAULT_CLASSES: usize = 1000;
     let described = description.as_ref().map(|d| d.labels.len());
     let classes = match &source {
-        None => described.unwrap_or(DEFAULT_CLASSES),
+        None => described.unwrap_or(IMAGENET_CLASSES),
         Some(source) => {
-            let any = architecture.graph(DEFAULT_CLASSES);
+            let any = architecture.graph(IMAGENET_CLASSES);
             let tensor = format!("{}.weight", any.head().name);
             match source.shape(&tensor).as_deref() {
                 Some(&[classes, _]) if classes > 0 => classes,

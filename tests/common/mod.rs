@@ -11,7 +11,7 @@ use sconce::exec::params::TensorSource;
 use sconce::graph::Graph;
 
 /// Values in [-1, 1) that depend on the name and the index alone.
-pub fn uniform(name: &str, count: usize) -> impl Iterator<Item = f32> {
+pub fn uniform(name: &str, count: usize) -> impl Iterator<Item = f32> + use<> {
     let seed = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });

@@ -1,8 +1,10 @@
 """Goldens of the way from a picture to logits: torchvision's preprocessing and MobileNetV2 on the
 photos of assets/, and Pillow's convert("RGB") on every kind of file that is read.
 
-    python tests/oracle/photos.py mobilenet_v2-b0353104.pth
+    python tests/oracle/photos.py mobilenet_v2-b0353104.pth \\
+        efficientnet_lite0.safetensors tf_mobilenet_v1_100.safetensors
 
+with the published file and two that weights/convert.py made of published ones;
 writes tests/images/ (small files), tests/golden/{crops.json,photos.safetensors,images.safetensors}.
 """
 
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import torchvision
 from PIL import Image, ImageOps
@@ -76,7 +79,7 @@ def crops():
 
 
 @torch.no_grad()
-def photos(pth):
+def photos(pth, efficientnet_lite0, tf_mobilenet_v1_100):
     """Logits of the photos, with the published weights and with the embedded ones."""
     published = torch.load(pth, map_location="cpu", weights_only=True)
     embedded = load_file(TESTS.parent / "weights" / "mobilenet_v2.safetensors")
@@ -91,6 +94,22 @@ def photos(pth):
             top = logits.softmax(0).max(0)
             print(kind, path.name, int(top.indices), f"{float(top.values):.4f}")
             tensors[f"{kind}/{path.name}"] = logits.numpy()
+    for name, path, settings, model in [
+        ("efficientnet_lite0", efficientnet_lite0, (256, 224, "bicubic"),
+         timm.create_model("tf_efficientnet_lite0")),
+        ("tf_mobilenet_v1_100", tf_mobilenet_v1_100, (256, 224, "bilinear"),
+         timm.create_model("mobilenetv1_100", pad_type="same", bn_eps=1e-3, num_classes=1001)),
+    ]:  # fmt: skip
+        state = {key: torch.from_numpy(tensor) for key, tensor in load_file(path).items()}
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        assert not unexpected and all(key.endswith("num_batches_tracked") for key in missing)
+        model.eval()
+        for path in sorted(ASSETS.glob("*.png")):
+            pixels = F.to_tensor(crop(load(path), *settings))
+            logits = model(F.normalize(pixels, [0.5] * 3, [0.5] * 3)[None])[0]
+            top = logits.softmax(0).max(0)
+            print(name, path.name, int(top.indices), f"{float(top.values):.4f}")
+            tensors[f"{name}/{path.name}"] = logits.numpy()
     save_file(tensors, TESTS / "golden" / "photos.safetensors")
 
 
@@ -150,5 +169,5 @@ def images():
 
 if __name__ == "__main__":
     crops()
-    photos(sys.argv[1])
+    photos(*sys.argv[1:])
     images()
