@@ -290,25 +290,22 @@ fn train_batch_norm(
     momentum: f64,
 ) -> Result<(Tensor, [Tensor; 2])> {
     let [weight, bias, running_mean, running_variance] = four(parameters);
-    let (n, c, h, w) = x.dims4()?;
+    let (n, _, h, w) = x.dims4()?;
     let count = n * h * w;
     if count < 2 {
         bail!(
             "layer {name}: one value a channel has no variance to train on (use a larger batch or larger images)"
         );
     }
-    // Channels first, so that each statistic is a sum over contiguous values.
-    let rows = x.transpose(0, 1)?.contiguous()?.reshape((c, count))?;
-    let mean = rows.mean_keepdim(1)?;
-    let centred = rows.broadcast_sub(&mean)?;
-    let variance = centred.sqr()?.mean_keepdim(1)?;
-    let scale = (weight.reshape((c, 1))? / (&variance + eps)?.sqrt()?)?;
+    // Along one axis after the other: sums of few values at a time lose fewer digits.
+    let mean_of = |x: &Tensor| x.mean_keepdim(3)?.mean_keepdim(2)?.mean_keepdim(0);
+    let mean = mean_of(x)?;
+    let centred = x.broadcast_sub(&mean)?;
+    let variance = mean_of(&centred.sqr()?)?;
+    let scale = (per_channel(weight)? / (&variance + eps)?.sqrt()?)?;
     let y = centred
         .broadcast_mul(&scale)?
-        .broadcast_add(&bias.reshape((c, 1))?)?
-        .reshape((c, n, h, w))?
-        .transpose(0, 1)?
-        .contiguous()?;
+        .broadcast_add(&per_channel(bias)?)?;
     let unbiased = (variance.detach().flatten_all()? * (count as f64 / (count - 1) as f64))?;
     let blend = |old: &Tensor, new: &Tensor| (old.detach() * (1.0 - momentum))? + (new * momentum)?;
     let running = [

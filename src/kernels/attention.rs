@@ -5,8 +5,8 @@ use super::gemm::{Matrix, gemm};
 /// One head of one image: softmax(q·kᵀ / √width)·v.
 ///
 /// `qkv` is `[T, 3·dim]`, each row query, key and value one after the other; the head's columns
-/// of each are `head·width..`. `scores` becomes the weights `[T, T]`; the head's columns
-/// of `out`, `[T, dim]`, the result.
+/// of each are `head·width..`. `scores` becomes the weights `[T, T]`, `out` the result
+/// `[T, width]`.
 pub fn head(
     qkv: &[f32],
     (tokens, dim, heads): (usize, usize, usize),
@@ -24,7 +24,7 @@ pub fn head(
     gemm(scores, tokens, scale, part(0), part(1).transposed());
     scores.chunks_exact_mut(tokens).for_each(softmax);
     let weights = Matrix::new(scores, tokens, tokens, tokens);
-    gemm(&mut out[head * width..], dim, 1.0, weights, part(2));
+    gemm(out, width, 1.0, weights, part(2));
 }
 
 /// Softmax of one row in place.
