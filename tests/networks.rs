@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 use common::{Formula, channels_last, f32_tensor, golden, images, relative_error};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use sconce::exec::cpu::Plan;
+use sconce::exec::cpu::{Options, Plan};
 use sconce::exec::eager::{Eager, Mode, Observed, Training};
 use sconce::exec::params::Params;
 use sconce::models::registry::{self, ModelRow};
@@ -141,28 +141,58 @@ fn check(row: &ModelRow) {
         let logits = logits.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let eager_error = relative_error(&logits, &case.logits);
 
-        let mut plan = Plan::compile(&graph, &vb, [height, width], &[graph.output()], 2).unwrap();
-        plan.run(&nhwc, count);
-        let plan_error = relative_error(plan.output(0, count), &case.logits);
-        let batched = plan.output(0, count)[..classes].to_vec();
-        plan.run(&nhwc[..height * width * 3], 1);
-        assert_eq!(
-            plan.output(0, 1),
-            batched,
-            "{}: an image's logits depend on its batch",
-            row.name
-        );
-
+        let plan_error = |exact: bool| {
+            let options = Options::threads(2).exact(exact);
+            let outputs = [graph.output()];
+            let mut plan = Plan::compile(&graph, &vb, [height, width], &outputs, options).unwrap();
+            plan.run(&nhwc, count);
+            let batched = plan.output(0, count);
+            plan.run(&nhwc[..height * width * 3], 1);
+            assert_eq!(
+                plan.output(0, 1),
+                batched[..classes],
+                "{}: an image's logits depend on its batch",
+                row.name
+            );
+            relative_error(&batched, &case.logits)
+        };
+        let (exact_error, fast_error) = (plan_error(true), plan_error(false));
         println!(
-            "{} {height}x{width}: eager {eager_error:.1e}, plan {plan_error:.1e}, tolerated {tolerance:.1e}",
+            "{} {height}x{width}: eager {eager_error:.1e}, plan {exact_error:.1e}, tolerated {tolerance:.1e}; fast {fast_error:.1e}",
             row.name
         );
-        assert!(
-            eager_error <= tolerance,
-            "{}: eager {eager_error:e}",
-            row.name
-        );
-        assert!(plan_error <= tolerance, "{}: plan {plan_error:e}", row.name);
+        let check = |what: &str, error: f64, tolerance: f64| {
+            assert!(error <= tolerance, "{}: {what} {error:e}", row.name);
+        };
+        check("eager", eager_error, tolerance);
+        check("exact plan", exact_error, tolerance);
+        // Winograd's algorithm costs digits.
+        check("plan", fast_error, tolerance.max(1e-4));
+    }
+}
+
+#[test]
+fn a_plan_gives_the_same_bits_with_any_number_of_threads() {
+    for name in [
+        "resnet18",
+        "mobilenet_v3_small",
+        "shufflenet_g3_w1",
+        "vit_tiny_patch16_224",
+    ] {
+        let graph = registry::find(name).unwrap().row.architecture.graph(10);
+        let vb = Params::new(Some(Formula::of(&graph)), 0).var_builder(&Device::Cpu);
+        let nhwc = channels_last(&images(5, 96, 96), [5, 3, 96, 96]);
+        let run = |threads: usize| {
+            let options = Options::threads(threads);
+            let outputs = [graph.output()];
+            let mut plan = Plan::compile(&graph, &vb, [96, 96], &outputs, options).unwrap();
+            plan.run(&nhwc, 5);
+            plan.output(0, 5)
+        };
+        let one = run(1);
+        for threads in [2, 3, 8] {
+            assert_eq!(one, run(threads), "{name}, {threads} threads");
+        }
     }
 }
 

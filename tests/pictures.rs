@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use common::{f32_tensor, golden, photo, repository};
 use image::{DynamicImage, GrayAlphaImage, GrayImage, ImageFormat, RgbImage, RgbaImage};
 use sconce::data::{Decoder, Rgb, crop_pixels, prepare};
+use sconce::exec::cpu::Options;
 use sconce::models::{Interpolation, Preprocessing};
 use sconce::weights::{Request, WeightsChoice, resolve};
 
@@ -136,7 +137,9 @@ fn logits(name: &str, network: &str, weights: WeightsChoice) -> Vec<f32> {
     let bytes = std::fs::read(repository("assets").join(name)).unwrap();
     let image: Rgb = DECODER.decode(&bytes).unwrap();
     let pixels = prepare(&image, &model.preprocessing);
-    let mut runner = model.runner(&candle_core::Device::Cpu, 2).unwrap();
+    let mut runner = model
+        .runner(&candle_core::Device::Cpu, Options::threads(2))
+        .unwrap();
     runner.logits(&pixels, 1).unwrap()
 }
 

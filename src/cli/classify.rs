@@ -123,7 +123,8 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
     let inputs = Inputs::new(arguments.inputs.clone(), list);
     let loader = Loader::start(inputs, decoder, model.preprocessing, global.threads())
         .context("cannot start threads")?;
-    let runner = model.runner(&device, global.threads())?;
+    let size = [model.preprocessing.crop; 2];
+    let runner = model.runner(&device, size, global.plan_options())?;
     global.verbose(|| {
         let weights = model.weights_from().unwrap_or("none (random)");
         format!(

@@ -1,6 +1,7 @@
 //! The command line: a file for each subcommand, with its arguments and what it does. Nothing
 //! else in the program knows clap, a terminal or a progress bar.
 
+mod bench;
 mod classify;
 mod completions;
 mod models;
@@ -13,6 +14,7 @@ use anstream::{AutoStream, ColorChoice};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::exec::DeviceChoice;
+use crate::exec::cpu::Options;
 use crate::weights::{Request, WeightsChoice};
 
 /// Classify images, and look at the networks that do it.
@@ -25,7 +27,8 @@ use crate::weights::{Request, WeightsChoice};
   sconce classify photo.jpg               what is in this photo?
   sconce classify photos/ --format jsonl  every image below a folder, a line of JSON each
   sconce models                           the networks, their size and accuracy
-  sconce models resnet18                  one network, layer by layer"
+  sconce models resnet18                  one network, layer by layer
+  sconce bench -m resnet18                how fast is it here?"
 )]
 pub struct Cli {
     #[command(flatten)]
@@ -38,6 +41,7 @@ pub struct Cli {
 enum Command {
     Classify(classify::Arguments),
     Models(models::Arguments),
+    Bench(bench::Arguments),
     Completions(completions::Arguments),
 }
 
@@ -128,6 +132,7 @@ impl Cli {
         match self.command {
             Command::Classify(arguments) => classify::run(&self.global, arguments),
             Command::Models(arguments) => models::run(&self.global, &arguments),
+            Command::Bench(arguments) => bench::run(&self.global, &arguments),
             Command::Completions(arguments) => completions::run(&arguments),
         }
     }
@@ -152,6 +157,11 @@ impl Global {
     fn threads(&self) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         self.threads.map_or_else(cores, NonZeroUsize::get)
+    }
+
+    /// How the CPU computes.
+    fn plan_options(&self) -> Options {
+        Options::threads(self.threads()).exact(self.exact)
     }
 
     /// Standard output, with colours or without.

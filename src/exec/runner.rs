@@ -1,7 +1,7 @@
 use candle_core::{Device, Tensor};
 use candle_nn::var_builder::VarBuilder;
 
-use super::cpu::{Plan, PlanError};
+use super::cpu::{Options, Plan, PlanError};
 use super::eager::Eager;
 use crate::graph::Graph;
 
@@ -18,7 +18,7 @@ enum Engine {
 }
 
 impl Runner {
-    /// Prepares the network for images of `size` `[H, W]`; `threads` counts on the CPU only.
+    /// Prepares the network for images of `size` `[H, W]`; `options` count on the CPU only.
     ///
     /// # Errors
     /// As [`Plan::compile`], or where the device refuses.
@@ -26,7 +26,7 @@ impl Runner {
         graph: Graph,
         vb: &VarBuilder,
         size: [usize; 2],
-        threads: usize,
+        options: Options,
     ) -> Result<Self, PlanError> {
         let engine = if vb.device().is_cpu() {
             let output = graph.output();
@@ -35,7 +35,7 @@ impl Runner {
                 vb,
                 size,
                 &[output],
-                threads,
+                options,
             )?))
         } else {
             graph.shapes(size[0], size[1])?;
@@ -52,7 +52,7 @@ impl Runner {
         match &mut self.engine {
             Engine::Cpu(plan) => {
                 plan.run(images, count);
-                Ok(plan.output(0, count).to_vec())
+                Ok(plan.output(0, count))
             }
             Engine::Device(eager, device) => {
                 let [h, w] = self.size;

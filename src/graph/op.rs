@@ -62,6 +62,11 @@ pub enum Padding {
 }
 
 impl Padding {
+    /// Whether an odd kernel at stride 1 keeps the image's size.
+    pub fn is_same_size(self, kernel: usize) -> bool {
+        self == Padding::Same || self == Padding::Symmetric((kernel - 1) / 2)
+    }
+
     /// Rows (or columns) added before and after an axis of length `size`.
     pub fn amounts(self, size: usize, kernel: usize, stride: usize) -> (usize, usize) {
         match self {

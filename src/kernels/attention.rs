@@ -1,39 +1,118 @@
 //! Multi-head self-attention, between its projections.
 
-use super::gemm::{Matrix, gemm};
+use super::Isa;
+use super::gemm::{Epilogue, Packed, Rows, gemm};
+
+/// Scratch of one head.
+#[derive(Default)]
+pub struct Scratch {
+    scores: Vec<f32>,
+    rows: Rows,
+}
+
+// SAFETY: the pointers in `rows` are set anew at each use.
+unsafe impl Send for Scratch {}
 
 /// One head of one image: softmax(q·kᵀ / √width)·v.
 ///
 /// `qkv` is `[T, 3·dim]`, each row query, key and value one after the other; the head's columns
-/// of each are `head·width..`. `scores` becomes the weights `[T, T]`, `out` the result
-/// `[T, width]`.
-pub fn head(
+/// of each are `head·width..`. The result goes to the same columns of `out`, `[T, dim]`.
+///
+/// # Safety
+/// `out` has those values, and nobody else touches them.
+pub unsafe fn head(
+    isa: Isa,
     qkv: &[f32],
     (tokens, dim, heads): (usize, usize, usize),
     head: usize,
-    scores: &mut Vec<f32>,
-    out: &mut [f32],
+    scratch: &mut Scratch,
+    out: *mut f32,
 ) {
     let width = dim / heads;
-    let part = |index: usize| {
-        let start = index * dim + head * width;
-        Matrix::new(&qkv[start..], tokens, width, 3 * dim)
-    };
+    let at = |token: usize, part: usize| token * 3 * dim + part * dim + head * width;
+    assert!(qkv.len() >= tokens * 3 * dim);
+    let Scratch { scores, rows } = scratch;
     scores.resize(tokens * tokens, 0.0);
+    let nothing = Epilogue {
+        bias: &[],
+        activation: None,
+    };
     let scale = 1.0 / (width as f32).sqrt();
-    gemm(scores, tokens, scale, part(0), part(1).transposed());
-    scores.chunks_exact_mut(tokens).for_each(softmax);
-    let weights = Matrix::new(scores, tokens, tokens, tokens);
-    gemm(out, width, 1.0, weights, part(2));
+    let keys = Packed::new(isa, width, tokens, |i, token| qkv[at(token, 1) + i] * scale);
+    let values = Packed::new(isa, tokens, width, |token, i| qkv[at(token, 2) + i]);
+    // SAFETY: rows of `qkv` and of `scores`, which are long enough; columns of `out`, as the
+    // caller promises.
+    unsafe {
+        *rows = Rows::new();
+        for token in 0..tokens {
+            let query = qkv.as_ptr().add(at(token, 0));
+            rows.push(query, scores.as_mut_ptr().add(token * tokens), None);
+        }
+        gemm(&keys, 0..keys.panel_count(), rows, &[0], nothing);
+        isa.compiled(|| scores.chunks_exact_mut(tokens).for_each(softmax));
+        *rows = Rows::new();
+        for token in 0..tokens {
+            let weights = scores.as_ptr().add(token * tokens);
+            rows.push(weights, out.add(token * dim + head * width), None);
+        }
+        gemm(&values, 0..values.panel_count(), rows, &[0], nothing);
+    }
 }
 
 /// Softmax of one row in place.
-pub fn softmax(row: &mut [f32]) {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0.0;
-    for value in row.iter_mut() {
-        *value = (*value - max).exp();
+#[inline(always)]
+fn softmax(row: &mut [f32]) {
+    const LANES: usize = 16;
+    let mut maxima = [f32::NEG_INFINITY; LANES];
+    let mut sums = [0.0; LANES];
+    let larger = |a: f32, b: f32| if a >= b { a } else { b };
+    let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    for chunk in chunks.iter() {
+        for (max, &value) in maxima.iter_mut().zip(chunk) {
+            *max = larger(*max, value);
+        }
+    }
+    let max = maxima
+        .into_iter()
+        .chain(rest.iter().copied())
+        .fold(f32::NEG_INFINITY, larger);
+    for chunk in chunks {
+        for (value, sum) in chunk.iter_mut().zip(&mut sums) {
+            *value = exp(*value - max);
+            *sum += *value;
+        }
+    }
+    let mut sum: f32 = sums.iter().sum();
+    for value in rest {
+        *value = exp(*value - max);
         sum += *value;
     }
-    row.iter_mut().for_each(|v| *v /= sum);
+    let scale = 1.0 / sum;
+    row.iter_mut().for_each(|v| *v *= scale);
+}
+
+/// e^x for x up to 88, without a branch: 2^n·e^r with |r| at most ln 2 / 2, e^r by a polynomial.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    // Adding it leaves an integer in the last bits.
+    const SHIFT: f32 = 12_582_912.0;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let x = if x > -87.0 { x } else { -87.0 };
+    let shifted = x * std::f32::consts::LOG2_E + SHIFT;
+    let n = shifted - SHIFT;
+    let r = x - n * LN2_HIGH - n * LN2_LOW;
+    let mut p = 1.987_569_1e-4_f32;
+    for coefficient in [
+        1.398_199_9e-3,
+        8.333_452e-3,
+        4.166_579_6e-2,
+        0.166_666_66,
+        0.5,
+    ] {
+        p = p * r + coefficient;
+    }
+    let p = p * r * r + r + 1.0;
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0_f32.to_bits()));
+    p * power
 }

@@ -1,81 +1,364 @@
-//! Matrix products, by the `gemm` crate on the calling thread.
+//! Matrix products whose left side is an image as it lies in memory, and convolutions by them.
+//!
+//! The right side (the weights) is packed once into panels: a few vectors of columns, all rows of
+//! them one after the other. The left side is never packed. A row of it is a pixel: a pointer and
+//! `taps`, the places behind it where runs of `depth` values begin; for a 3x3 convolution three
+//! runs of three pixels each. A tile of six rows and a panel is held in registers while the whole
+//! depth passes, so that each output is one chain of fused multiply-adds in the order of the
+//! depth, whatever tile it is in: its bits depend on nothing else.
 
-/// A strided view of a float32 matrix.
+use std::ops::Range;
+
+use pulp::{Simd, WithSimd};
+
+use super::elementwise;
+use super::isa::{Isa, load, store};
+use super::{Source, Target, Window};
+use crate::graph::Activation;
+
+/// The right side of a product, packed for an instruction set.
+pub struct Packed {
+    isa: Isa,
+    panels: Vec<Panel>,
+    /// All panels' values.
+    values: Vec<f32>,
+    /// Rows: the depth of the product.
+    depth: usize,
+}
+
+/// A block of columns.
+#[derive(Clone, Copy, Debug)]
+struct Panel {
+    /// First column, and how many are not padding.
+    start: usize,
+    columns: usize,
+    /// Width in vectors: 1, 2 or 3.
+    vectors: usize,
+    /// Where its values begin.
+    offset: usize,
+}
+
+impl Packed {
+    /// Packs `depth` rows of `columns` values, `value(row, column)` each.
+    pub fn new(
+        isa: Isa,
+        depth: usize,
+        columns: usize,
+        value: impl Fn(usize, usize) -> f32,
+    ) -> Self {
+        let mut packed = Self {
+            isa,
+            panels: panels(columns, depth, isa.lanes()),
+            values: Vec::new(),
+            depth,
+        };
+        packed.fill(value);
+        packed
+    }
+
+    /// Packs other values of the same shape into the same memory.
+    fn fill(&mut self, value: impl Fn(usize, usize) -> f32) {
+        let lanes = self.isa.lanes();
+        self.values.clear();
+        for panel in &self.panels {
+            let width = panel.vectors * lanes;
+            for row in 0..self.depth {
+                let columns = panel.start..panel.start + panel.columns;
+                self.values.extend(columns.map(|column| value(row, column)));
+                self.values
+                    .resize(self.values.len() + width - panel.columns, 0.0);
+            }
+        }
+    }
+
+    /// Number of panels: the product can be shared by them.
+    pub fn panel_count(&self) -> usize {
+        self.panels.len()
+    }
+
+    /// Rows of a tile that the product prefers.
+    pub const TILE_ROWS: usize = 6;
+}
+
+/// Panels of two vectors; a rest of up to one vector makes the last panel three wide.
+fn panels(columns: usize, depth: usize, lanes: usize) -> Vec<Panel> {
+    let mut panels = Vec::new();
+    let mut start = 0;
+    let mut offset = 0;
+    while start < columns {
+        let rest = columns - start;
+        let vectors = match rest.div_ceil(lanes) {
+            3 => 3,
+            1 => 1,
+            _ => 2,
+        };
+        let panel = Panel {
+            start,
+            columns: rest.min(vectors * lanes),
+            vectors,
+            offset,
+        };
+        offset += depth * vectors * lanes;
+        start += panel.columns;
+        panels.push(panel);
+    }
+    panels
+}
+
+/// What is stored: the product plus bias, plus residual, through the activation.
 #[derive(Clone, Copy)]
-pub struct Matrix<'a> {
-    data: &'a [f32],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
+pub struct Epilogue<'a> {
+    /// For each column, or empty.
+    pub bias: &'a [f32],
+    pub activation: Option<Activation>,
 }
 
-impl<'a> Matrix<'a> {
-    /// Row-major, `row_stride` values from one row to the next.
+/// Rows of a product: where each begins in the left side, in the output and in the residual.
+pub struct Rows {
+    inputs: Vec<*const f32>,
+    outputs: Vec<*mut f32>,
+    residuals: Vec<*const f32>,
+}
+
+impl Rows {
+    /// No rows.
+    pub const fn new() -> Self {
+        Self {
+            inputs: Vec::new(),
+            outputs: Vec::new(),
+            residuals: Vec::new(),
+        }
+    }
+
+    fn clear(&mut self) {
+        self.inputs.clear();
+        self.outputs.clear();
+        self.residuals.clear();
+    }
+
+    /// Adds a row.
+    pub fn push(&mut self, input: *const f32, output: *mut f32, residual: Option<*const f32>) {
+        self.inputs.push(input);
+        self.outputs.push(output);
+        self.residuals.extend(residual);
+    }
+
+    /// The output pixels `pixels` of a convolution over a batch, counted through all images.
+    /// `channel` is where the group's input begins, `column` where its output does.
     ///
-    /// # Panics
-    /// Where `data` is too short.
-    pub fn new(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
-        check_extent(data.len(), rows, cols, row_stride);
-        Self {
-            data,
-            rows,
-            cols,
-            row_stride,
-            col_stride: 1,
-        }
-    }
-
-    /// The transposed view.
-    pub fn transposed(self) -> Self {
-        Self {
-            rows: self.cols,
-            cols: self.rows,
-            row_stride: self.col_stride,
-            col_stride: self.row_stride,
-            ..self
+    /// # Safety
+    /// The batches have those pixels, and the input enough border for the window.
+    #[allow(clippy::too_many_arguments)] // all of a convolution's geometry
+    pub unsafe fn set_pixels(
+        &mut self,
+        pixels: Range<usize>,
+        window: &Window,
+        input: &Source,
+        output: &Target,
+        residual: Option<&Source>,
+        [channel, column]: [usize; 2],
+    ) {
+        self.clear();
+        let dims = output.layout.dims;
+        let (mut image, rest) = (pixels.start / dims.pixels(), pixels.start % dims.pixels());
+        let (mut y, mut x) = (rest / dims.w, rest % dims.w);
+        for _ in pixels {
+            let place = output.layout.offset(y, x) + column;
+            // SAFETY: the pixel is one of the batches', as the caller promises.
+            unsafe {
+                let from = window.offset(&input.layout, y, x) + channel;
+                let residual = residual.map(|r| r.image(image).add(r.layout.offset(y, x) + column));
+                self.push(
+                    input.image(image).add(from),
+                    output.image(image).add(place),
+                    residual,
+                );
+            }
+            x += 1;
+            if x == dims.w {
+                (x, y) = (0, y + 1);
+                if y == dims.h {
+                    (y, image) = (0, image + 1);
+                }
+            }
         }
     }
 }
 
-/// `out = alpha · a · b`, where `out` is row-major with `row_stride` values from row to row;
-/// values between its rows are left alone.
+impl Default for Rows {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The product of `rows` with some panels, stored.
 ///
-/// # Panics
-/// Where the inner dimensions differ or `out` is too short.
-pub fn gemm(out: &mut [f32], row_stride: usize, alpha: f32, a: Matrix, b: Matrix) {
-    assert_eq!(a.cols, b.rows, "inner dimensions of a product");
-    check_extent(out.len(), a.rows, b.cols, row_stride);
-    // SAFETY: the extents of all three matrices were checked against their slices, `out` is
-    // borrowed mutably so that it overlaps neither operand, and strides fit isize since the
-    // slices do.
-    unsafe {
-        gemm::gemm(
-            a.rows,
-            b.cols,
-            a.cols,
-            out.as_mut_ptr(),
-            1,
-            row_stride as isize,
-            false,
-            a.data.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
-            b.data.as_ptr(),
-            b.col_stride as isize,
-            b.row_stride as isize,
-            0.0,
-            alpha,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
+/// # Safety
+/// Behind every input pointer, at every tap, lie `packed`'s depth over the number of taps values;
+/// behind every output pointer (and residual, where there are any) all columns of the panels; and
+/// nobody else touches those outputs.
+pub unsafe fn gemm(
+    packed: &Packed,
+    panels: Range<usize>,
+    rows: &Rows,
+    taps: &[usize],
+    epilogue: Epilogue,
+) {
+    debug_assert_eq!(packed.depth % taps.len(), 0);
+    let product = Product {
+        packed,
+        panels: &packed.panels[panels],
+        rows,
+        taps,
+        epilogue,
+    };
+    packed.isa.dispatch(product);
+}
+
+struct Product<'a> {
+    packed: &'a Packed,
+    panels: &'a [Panel],
+    rows: &'a Rows,
+    taps: &'a [usize],
+    epilogue: Epilogue<'a>,
+}
+
+impl WithSimd for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        for panel in self.panels {
+            // SAFETY: the contract of `gemm`.
+            unsafe {
+                match panel.vectors {
+                    1 => self.panel::<S, 12, 1>(simd, panel),
+                    2 => self.panel::<S, 6, 2>(simd, panel),
+                    _ => self.panel::<S, 3, 3>(simd, panel),
+                }
+            }
+        }
     }
 }
 
-fn check_extent(len: usize, rows: usize, cols: usize, row_stride: usize) {
-    assert!(cols <= row_stride, "rows of a matrix overlap");
-    assert!(rows > 0 && cols > 0, "a matrix without values");
-    assert!((rows - 1) * row_stride + cols <= len, "a matrix too short");
+impl Product<'_> {
+    /// All rows of one panel, `MR` at a time, the rest in fewer.
+    #[inline(always)]
+    unsafe fn panel<S: Simd, const MR: usize, const NV: usize>(&self, simd: S, panel: &Panel) {
+        let count = self.rows.inputs.len();
+        let mut row = 0;
+        // SAFETY: rows below `count`; the rest is the contract of `gemm`.
+        unsafe {
+            while row + MR <= count {
+                self.tile::<S, MR, NV>(simd, panel, row);
+                row += MR;
+            }
+            if MR > 6 && row + 6 <= count {
+                self.tile::<S, 6, NV>(simd, panel, row);
+                row += 6;
+            }
+            if MR > 4 && row + 4 <= count {
+                self.tile::<S, 4, NV>(simd, panel, row);
+                row += 4;
+            }
+            if row + 2 <= count {
+                self.tile::<S, 2, NV>(simd, panel, row);
+                row += 2;
+            }
+            if row < count {
+                self.tile::<S, 1, NV>(simd, panel, row);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(
+        &self,
+        simd: S,
+        panel: &Panel,
+        row: usize,
+    ) {
+        let lanes = S::F32_LANES;
+        let run = self.packed.depth / self.taps.len();
+        let mut sums = [[simd.splat_f32s(0.0); NV]; MR];
+        // SAFETY: the contract of `gemm`; the panel holds depth x NV vectors.
+        unsafe {
+            let mut weights = self.packed.values.as_ptr().add(panel.offset);
+            let inputs = self.rows.inputs.as_ptr().add(row);
+            for &tap in self.taps {
+                let mut pixels = [std::ptr::null::<f32>(); MR];
+                for (r, pixel) in pixels.iter_mut().enumerate() {
+                    *pixel = (*inputs.add(r)).add(tap);
+                }
+                for k in 0..run {
+                    let mut columns = [simd.splat_f32s(0.0); NV];
+                    for (v, column) in columns.iter_mut().enumerate() {
+                        *column = load::<S>(weights.add(v * lanes));
+                    }
+                    weights = weights.add(NV * lanes);
+                    for r in 0..MR {
+                        let value = simd.splat_f32s(*pixels[r].add(k));
+                        for v in 0..NV {
+                            sums[r][v] = simd.mul_add_e_f32s(value, columns[v], sums[r][v]);
+                        }
+                    }
+                }
+            }
+            for (r, sums) in sums.into_iter().enumerate() {
+                self.store::<S, NV>(simd, panel, row + r, sums);
+            }
+        }
+    }
+
+    /// Bias, residual, activation and the store of one row of a tile.
+    #[inline(always)]
+    unsafe fn store<S: Simd, const NV: usize>(
+        &self,
+        simd: S,
+        panel: &Panel,
+        row: usize,
+        mut sums: [S::f32s; NV],
+    ) {
+        let lanes = S::F32_LANES;
+        let whole = panel.columns == NV * lanes;
+        let bias = self.epilogue.bias;
+        // SAFETY: the contract of `gemm`; a panel that is not whole goes through a buffer.
+        unsafe {
+            let output = (*self.rows.outputs.as_ptr().add(row)).add(panel.start);
+            // At most three vectors of sixteen values.
+            let mut buffer = [0.0; 48];
+            let mut add = |simd: S, sums: &mut [S::f32s; NV], from: *const f32| {
+                let mut from = from;
+                if !whole {
+                    std::ptr::copy_nonoverlapping(from, buffer.as_mut_ptr(), panel.columns);
+                    from = buffer.as_ptr();
+                }
+                for (v, sum) in sums.iter_mut().enumerate() {
+                    *sum = simd.add_f32s(*sum, load::<S>(from.add(v * lanes)));
+                }
+            };
+            if !bias.is_empty() {
+                add(simd, &mut sums, bias.as_ptr().add(panel.start));
+            }
+            if !self.rows.residuals.is_empty() {
+                let residual = *self.rows.residuals.as_ptr().add(row);
+                add(simd, &mut sums, residual.add(panel.start));
+            }
+            if let Some(activation) = self.epilogue.activation {
+                for sum in &mut sums {
+                    *sum = elementwise::activate_vector(simd, activation, *sum);
+                }
+            }
+            if whole {
+                for (v, sum) in sums.into_iter().enumerate() {
+                    store::<S>(output.add(v * lanes), sum);
+                }
+            } else {
+                for (v, sum) in sums.into_iter().enumerate() {
+                    store::<S>(buffer.as_mut_ptr().add(v * lanes), sum);
+                }
+                std::ptr::copy_nonoverlapping(buffer.as_ptr(), output, panel.columns);
+            }
+        }
+    }
 }

@@ -1,19 +1,38 @@
-//! Plain computations on slices: no candle type, no thread, no I/O.
+//! Computations on slices: no candle type, no thread, no I/O.
 //!
-//! Images are `[H, W, C]` (channels innermost), sequences `[T, D]`, matrices row-major. Each
-//! kernel computes a range of output rows of one image, so that its caller decides how work is
-//! shared; the result of a row never depends on that decision.
+//! # Layout
+//! Images are `[H, W, C]` (channels innermost) inside a border of zeros, see [`Layout`]; a
+//! sequence `[T, D]` is an image of width 1, a vector one pixel. With the border in place, the
+//! window of an output pixel is `kernel height` runs of `kernel width · C` contiguous values, and
+//! no kernel asks whether it is inside the image.
+//!
+//! # Work
+//! Each kernel computes a part of an output that its caller chooses. The value of a pixel never
+//! depends on that choice: the order of the sums behind it is fixed by the layer.
+//!
+//! # Instruction sets
+//! Kernels are written once, over [`pulp`]'s vectors, or as plain loops that the compiler turns
+//! into vectors; [`Isa`] picks the best that the machine has.
+//!
+//! # Safety
+//! Kernels read and write through pointers, since several threads write disjoint parts of one
+//! image. Their contract is that of [`Source`] and [`Target`]: the image that is named lies
+//! wholly behind the pointer, and nobody else touches the part that is written.
 
 pub mod attention;
-pub mod conv;
+pub mod depthwise;
 pub mod elementwise;
 pub mod gemm;
+mod isa;
 pub mod norm;
 pub mod pool;
 pub mod resample;
+pub mod winograd;
 
 #[cfg(test)]
 mod tests;
+
+pub use isa::Isa;
 
 /// Height, width and channels of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,18 +56,69 @@ impl Dims {
         self.len() == 0
     }
 
-    /// Values in a row of pixels.
-    pub const fn row(self) -> usize {
-        self.w * self.c
+    pub const fn pixels(self) -> usize {
+        self.h * self.w
+    }
+}
+
+/// An image and the rows and columns of zeros around it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    pub dims: Dims,
+    pub border: Border,
+}
+
+/// Rows and columns of zeros on each side.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Border {
+    pub top: usize,
+    pub left: usize,
+    pub bottom: usize,
+    pub right: usize,
+}
+
+impl Border {
+    /// Enough for both.
+    pub fn union(self, other: Self) -> Self {
+        Self {
+            top: self.top.max(other.top),
+            left: self.left.max(other.left),
+            bottom: self.bottom.max(other.bottom),
+            right: self.right.max(other.right),
+        }
+    }
+}
+
+impl Layout {
+    pub fn plain(dims: Dims) -> Self {
+        Self {
+            dims,
+            border: Border::default(),
+        }
     }
 
-    /// The pixel at a signed position, or None where that is outside the image.
-    #[inline]
-    pub fn pixel(self, image: &[f32], y: isize, x: isize) -> Option<&[f32]> {
-        let y = usize::try_from(y).ok().filter(|&y| y < self.h)?;
-        let x = usize::try_from(x).ok().filter(|&x| x < self.w)?;
-        let start = (y * self.w + x) * self.c;
-        Some(&image[start..start + self.c])
+    /// Values from a row to the next.
+    pub fn row_stride(&self) -> usize {
+        (self.border.left + self.dims.w + self.border.right) * self.dims.c
+    }
+
+    /// Values of the image with its border.
+    pub fn len(&self) -> usize {
+        (self.border.top + self.dims.h + self.border.bottom) * self.row_stride()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Where a pixel of the image lies.
+    pub fn offset(&self, y: usize, x: usize) -> usize {
+        (y + self.border.top) * self.row_stride() + (x + self.border.left) * self.dims.c
+    }
+
+    /// Whether rows follow each other without a gap.
+    pub fn is_plain(&self) -> bool {
+        self.border == Border::default()
     }
 }
 
@@ -62,12 +132,144 @@ pub struct Window {
 }
 
 impl Window {
-    /// Upper left input position of the window at an output position; negative in the padding.
+    /// The border that an input needs so that every window lies inside it.
+    pub fn border(&self, input: Dims, output: Dims) -> Border {
+        let after = |size: usize, out: usize, axis: usize| {
+            let end = (out - 1) * self.stride + self.kernel[axis];
+            end.saturating_sub(self.before[axis] + size)
+        };
+        Border {
+            top: self.before[0],
+            left: self.before[1],
+            bottom: after(input.h, output.h, 0),
+            right: after(input.w, output.w, 1),
+        }
+    }
+
+    /// Where the window of an output pixel begins in an input with enough border.
     #[inline]
-    fn origin(&self, y: usize, x: usize) -> [isize; 2] {
-        [
-            (y * self.stride) as isize - self.before[0] as isize,
-            (x * self.stride) as isize - self.before[1] as isize,
-        ]
+    pub fn offset(&self, input: &Layout, y: usize, x: usize) -> usize {
+        let row = y * self.stride + input.border.top - self.before[0];
+        let column = x * self.stride + input.border.left - self.before[1];
+        row * input.row_stride() + column * input.dims.c
+    }
+}
+
+/// A batch of images to read.
+#[derive(Clone, Copy)]
+pub struct Source {
+    pointer: *const f32,
+    pub layout: Layout,
+}
+
+/// A batch of images to write.
+#[derive(Clone, Copy)]
+pub struct Target {
+    pointer: *mut f32,
+    pub layout: Layout,
+}
+
+// SAFETY: they are addresses; who follows them promises what the module's contract says.
+unsafe impl Send for Source {}
+unsafe impl Sync for Source {}
+unsafe impl Send for Target {}
+unsafe impl Sync for Target {}
+
+impl Source {
+    /// A batch of `count` images.
+    ///
+    /// # Panics
+    /// Where `values` is too short for them.
+    pub fn new(values: &[f32], layout: Layout, count: usize) -> Self {
+        assert!(values.len() >= layout.len() * count, "a batch too short");
+        Self {
+            pointer: values.as_ptr(),
+            layout,
+        }
+    }
+
+    /// First value of an image, its border included.
+    ///
+    /// # Safety
+    /// The batch has that image and is still there.
+    #[inline]
+    pub unsafe fn image(&self, image: usize) -> *const f32 {
+        // SAFETY: within the batch, as the caller promises.
+        unsafe { self.pointer.add(image * self.layout.len()) }
+    }
+
+    /// The values of a row of pixels, without the border.
+    ///
+    /// # Safety
+    /// As [`Source::image`], and nobody writes the row.
+    #[inline]
+    pub unsafe fn row(&self, image: usize, y: usize) -> &[f32] {
+        let Dims { w, c, .. } = self.layout.dims;
+        // SAFETY: a row of an image of the batch.
+        unsafe {
+            let start = self.image(image).add(self.layout.offset(y, 0));
+            std::slice::from_raw_parts(start, w * c)
+        }
+    }
+}
+
+impl Target {
+    /// A batch of `count` images.
+    ///
+    /// # Panics
+    /// Where `values` is too short for them.
+    pub fn new(values: &mut [f32], layout: Layout, count: usize) -> Self {
+        assert!(values.len() >= layout.len() * count, "a batch too short");
+        Self {
+            pointer: values.as_mut_ptr(),
+            layout,
+        }
+    }
+
+    /// First value of an image, its border included.
+    ///
+    /// # Safety
+    /// The batch has that image and is still there.
+    #[inline]
+    pub unsafe fn image(&self, image: usize) -> *mut f32 {
+        // SAFETY: within the batch, as the caller promises.
+        unsafe { self.pointer.add(image * self.layout.len()) }
+    }
+
+    /// The values of a row of pixels, without the border.
+    ///
+    /// # Safety
+    /// As [`Target::image`], and nobody else touches the row.
+    #[inline]
+    #[allow(clippy::mut_from_ref)] // the contract makes the row the caller's own
+    pub unsafe fn row(&self, image: usize, y: usize) -> &mut [f32] {
+        let Dims { w, c, .. } = self.layout.dims;
+        // SAFETY: a row of an image of the batch.
+        unsafe {
+            let start = self.image(image).add(self.layout.offset(y, 0));
+            std::slice::from_raw_parts_mut(start, w * c)
+        }
+    }
+
+    /// Fills an image's border with zeros.
+    ///
+    /// # Safety
+    /// As [`Target::image`], and nobody else touches the border.
+    pub unsafe fn clear_border(&self, image: usize) {
+        let Layout { dims, border } = self.layout;
+        let stride = self.layout.row_stride();
+        let (left, right) = (border.left * dims.c, border.right * dims.c);
+        // SAFETY: runs between the rows of one image of the batch.
+        unsafe {
+            let start = self.image(image);
+            let clear = |at: usize, count: usize| start.add(at).write_bytes(0, count);
+            clear(0, border.top * stride + left);
+            // From the end of a row to the beginning of the next.
+            for y in 1..dims.h {
+                clear((border.top + y) * stride - right, right + left);
+            }
+            let end = (border.top + dims.h) * stride;
+            clear(end - right, right + border.bottom * stride);
+        }
     }
 }

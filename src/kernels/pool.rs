@@ -2,72 +2,102 @@
 
 use std::ops::Range;
 
-use super::{Dims, Window, elementwise};
+use super::{Dims, Isa, Source, Target, Window};
 
-/// A pooling layer's geometry: input and output have the same channels.
-#[derive(Clone, Copy, Debug)]
-pub struct Pool {
-    pub input: Dims,
-    pub output: Dims,
-    pub window: Window,
+/// What is made of the pixels of a window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reduction {
+    /// The largest value, padding left out.
+    Max,
+    /// The mean, padding counted as zeros.
+    Average,
 }
 
-impl Pool {
-    /// Output rows `rows`: the largest value of each window, padding left out.
-    pub fn max_rows(&self, input: &[f32], rows: Range<usize>, out: &mut [f32]) {
-        self.fold(input, rows, out, f32::NEG_INFINITY, |max, pixel| {
-            for (max, value) in max.iter_mut().zip(pixel) {
-                // As PyTorch does, let NaN through.
-                if *value > *max || value.is_nan() {
-                    *max = *value;
+/// Output rows `rows` of one image.
+///
+/// # Safety
+/// The batches have that image and those rows, and nobody else touches the rows.
+pub unsafe fn pool(
+    isa: Isa,
+    reduction: Reduction,
+    window: &Window,
+    input: &Source,
+    output: &Target,
+    image: usize,
+    rows: Range<usize>,
+) {
+    let Dims { h, w, c } = input.layout.dims;
+    let [kh, kw] = window.kernel;
+    let scale = 1.0 / (kh * kw) as f32;
+    // The part of a window that lies inside the image.
+    let inside = |at: usize, before: usize, kernel: usize, size: usize| {
+        let start = at * window.stride;
+        start.saturating_sub(before)..(start + kernel).saturating_sub(before).min(size)
+    };
+    for y in rows {
+        // SAFETY: the contract of this function.
+        let out = unsafe { output.row(image, y) };
+        isa.compiled(|| {
+            for (x, out) in out.chunks_exact_mut(c).enumerate() {
+                out.fill(match reduction {
+                    Reduction::Max => f32::NEG_INFINITY,
+                    Reduction::Average => 0.0,
+                });
+                let columns = inside(x, window.before[1], kw, w);
+                for iy in inside(y, window.before[0], kh, h) {
+                    // SAFETY: a row of the image, by the contract of this function.
+                    let row = unsafe { input.row(image, iy) };
+                    for pixel in row[columns.start * c..columns.end * c].chunks_exact(c) {
+                        match reduction {
+                            Reduction::Max => {
+                                for (out, &value) in out.iter_mut().zip(pixel) {
+                                    // As PyTorch does, let NaN through.
+                                    *out = if *out >= value { *out } else { value };
+                                }
+                            }
+                            Reduction::Average => {
+                                for (out, value) in out.iter_mut().zip(pixel) {
+                                    *out += value;
+                                }
+                            }
+                        }
+                    }
+                }
+                if reduction == Reduction::Average {
+                    out.iter_mut().for_each(|v| *v *= scale);
                 }
             }
         });
     }
-
-    /// Output rows `rows`: the mean of each window, padding counted as zeros.
-    pub fn average_rows(&self, input: &[f32], rows: Range<usize>, out: &mut [f32]) {
-        self.fold(input, rows, out, 0.0, elementwise::add);
-        let area = (self.window.kernel[0] * self.window.kernel[1]) as f32;
-        out.iter_mut().for_each(|v| *v /= area);
-    }
-
-    fn fold(
-        &self,
-        input: &[f32],
-        rows: Range<usize>,
-        out: &mut [f32],
-        start: f32,
-        step: impl Fn(&mut [f32], &[f32]),
-    ) {
-        let mut pixels = out.chunks_exact_mut(self.output.c);
-        for y in rows {
-            for (x, state) in (0..self.output.w).zip(&mut pixels) {
-                let [top, left] = self.window.origin(y, x);
-                state.fill(start);
-                for ky in 0..self.window.kernel[0] as isize {
-                    for kx in 0..self.window.kernel[1] as isize {
-                        if let Some(pixel) = self.input.pixel(input, top + ky, left + kx) {
-                            step(state, pixel);
-                        }
-                    }
-                }
-            }
-        }
-    }
 }
 
-/// Mean over all pixels of an image, `[C]`; summed row by row to keep rounding small.
-pub fn global_average(dims: Dims, input: &[f32], out: &mut [f32]) {
-    let mut row_sum = vec![0.0; dims.c];
+/// Mean over all pixels of some channels of an image; summed row by row to keep rounding small.
+///
+/// # Safety
+/// The batch has that image, and nobody writes it.
+pub unsafe fn global_average(
+    isa: Isa,
+    input: &Source,
+    image: usize,
+    channels: Range<usize>,
+    out: &mut [f32],
+) {
+    let Dims { h, w, c } = input.layout.dims;
+    let mut row_sum = vec![0.0; channels.len()];
     out.fill(0.0);
-    for row in input.chunks_exact(dims.row()) {
-        row_sum.fill(0.0);
-        for pixel in row.chunks_exact(dims.c) {
-            elementwise::add(&mut row_sum, pixel);
+    isa.compiled(|| {
+        let add = |sum: &mut [f32], values: &[f32]| {
+            sum.iter_mut().zip(values).for_each(|(s, v)| *s += v);
+        };
+        for y in 0..h {
+            row_sum.fill(0.0);
+            // SAFETY: the contract of this function.
+            for pixel in unsafe { input.row(image, y) }.chunks_exact(c) {
+                add(&mut row_sum, &pixel[channels.clone()]);
+            }
+            add(out, &row_sum);
         }
-        elementwise::add(out, &row_sum);
-    }
-    let count = (dims.h * dims.w) as f32;
-    out.iter_mut().for_each(|v| *v /= count);
+        let count = (h * w) as f32;
+        out.iter_mut().for_each(|v| *v /= count);
+    });
 }

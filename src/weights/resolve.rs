@@ -9,7 +9,7 @@ use super::{
     Description, LabelsError, SafetensorsFile, WeightsError, imagenet_labels, read_labels,
 };
 use crate::exec::Runner;
-use crate::exec::cpu::PlanError;
+use crate::exec::cpu::{Options, PlanError};
 use crate::exec::params::{LoadReport, Params, TensorSource};
 use crate::graph::Graph;
 use crate::models::registry::{self, IMAGENET_CLASSES, UnknownModel};
@@ -292,14 +292,18 @@ impl Model {
         self.weights_from.as_deref()
     }
 
-    /// The network ready to classify on that device.
+    /// The network ready to classify images of `size` `[H, W]` on that device.
     ///
     /// # Errors
     /// Where the weights lack a tensor that the network needs, or the device refuses.
-    pub fn runner(&self, device: &Device, threads: usize) -> Result<Runner, ModelError> {
+    pub fn runner(
+        &self,
+        device: &Device,
+        size: [usize; 2],
+        options: Options,
+    ) -> Result<Runner, ModelError> {
         let vb = self.params.var_builder(device);
-        let size = [self.preprocessing.crop; 2];
-        let runner = Runner::new(self.graph.clone(), &vb, size, threads)?;
+        let runner = Runner::new(self.graph.clone(), &vb, size, options)?;
         let report = self.params.report();
         match &self.weights_from {
             Some(file) if !report.is_complete() => Err(ModelError::Incomplete {

@@ -3,19 +3,24 @@
 use candle_core::Tensor;
 use candle_nn::var_builder::VarBuilder;
 
-use super::PlanError;
 use super::arena::{Lifetime, ValueId};
-use super::step::{Epilogue, Kind, Step};
+use super::step::{Kind, Step, Store, View};
+use super::{Options, PlanError};
 use crate::exec::params::fetch;
 use crate::graph::{Activation, Conv2d, Graph, Node, NodeId, Op, Padding, Pool2d, Shape};
-use crate::kernels::conv::{Conv, Depthwise};
-use crate::kernels::pool::Pool;
-use crate::kernels::{Dims, Window, resample};
+use crate::kernels::depthwise::Depthwise;
+use crate::kernels::gemm::Packed;
+use crate::kernels::pool::Reduction;
+use crate::kernels::winograd::Winograd;
+use crate::kernels::{Dims, Layout, Window, resample};
 
 pub(super) struct Lowered {
     pub steps: Vec<Step>,
     /// By value.
     pub lifetimes: Vec<Lifetime>,
+    pub layouts: Vec<Layout>,
+    /// By value: the value whose memory it is, itself as a rule.
+    pub memory_of: Vec<ValueId>,
     pub input: ValueId,
     pub outputs: Vec<(ValueId, Dims)>,
 }
@@ -25,6 +30,7 @@ pub(super) fn lower(
     vb: &VarBuilder,
     image: [usize; 2],
     outputs: &[NodeId],
+    options: Options,
 ) -> Result<Lowered, PlanError> {
     let shapes = graph.shapes(image[0], image[1])?;
     let mut readers: Vec<Vec<NodeId>> = vec![Vec::new(); shapes.len()];
@@ -37,13 +43,15 @@ pub(super) fn lower(
         graph,
         vb,
         image,
+        options,
         dims: shapes.iter().map(|&s| layout(s)).collect(),
         readers,
         outputs,
         value_of: vec![None; shapes.len()],
         fused: vec![false; shapes.len()],
         steps: Vec::new(),
-        value_dims: Vec::new(),
+        layouts: Vec::new(),
+        memory_of: Vec::new(),
     };
     for id in graph.ids() {
         if !lowering.fused[id.index()] {
@@ -70,15 +78,18 @@ struct Lowering<'a> {
     graph: &'a Graph,
     vb: &'a VarBuilder<'a>,
     image: [usize; 2],
+    options: Options,
     /// By node.
     dims: Vec<Dims>,
     readers: Vec<Vec<NodeId>>,
     outputs: &'a [NodeId],
-    value_of: Vec<Option<ValueId>>,
+    value_of: Vec<Option<View>>,
     fused: Vec<bool>,
     steps: Vec<Step>,
-    /// By value.
-    value_dims: Vec<Dims>,
+    /// By value; borders grow as readers are found.
+    layouts: Vec<Layout>,
+    /// By value: the value whose memory it is, itself as a rule.
+    memory_of: Vec<ValueId>,
 }
 
 /// What follows a convolution and becomes part of it.
@@ -86,7 +97,7 @@ struct Tail {
     /// Output = sum · scale + shift, from a batch norm; identity without one.
     scale: Vec<f64>,
     shift: Vec<f64>,
-    residual: Option<ValueId>,
+    residual: Option<View>,
     activation: Option<Activation>,
     /// The last node that was taken in.
     end: NodeId,
@@ -96,36 +107,58 @@ impl Lowering<'_> {
     fn node(&mut self, id: NodeId) -> Result<(), PlanError> {
         let graph = self.graph;
         let node = graph.node(id);
-        let input = |l: &Self, i: usize| {
-            l.value_of[node.inputs[i].index()].expect("inputs come before readers")
-        };
         let kind = match node.op {
             Op::Input => {
                 let value = self.new_value(self.dims[id.index()]);
-                self.value_of[id.index()] = Some(value);
+                self.value_of[id.index()] = Some(self.whole(value));
                 return Ok(());
             }
-            Op::Flatten | Op::Dropout { .. } | Op::Tokens => {
-                self.value_of[id.index()] = Some(input(self, 0));
+            Op::Flatten | Op::Dropout { .. } => {
+                self.value_of[id.index()] = Some(self.input(node, 0));
+                return Ok(());
+            }
+            Op::Tokens => {
+                // The same memory, read as an image of width 1.
+                let view = self.input(node, 0);
+                let map = self.materialize(view).value;
+                let tokens = self.new_value(self.dims[id.index()]);
+                self.memory_of[tokens] = map;
+                self.value_of[id.index()] = Some(self.whole(tokens));
+                return Ok(());
+            }
+            Op::Slice { start, length } => {
+                let view = self.input(node, 0);
+                self.value_of[id.index()] = Some(View {
+                    start: view.start + start,
+                    channels: length,
+                    ..view
+                });
                 return Ok(());
             }
             Op::Conv2d(ref c) => return self.convolution(id, c),
             Op::Linear { .. } => {
                 let parameters = self.parameters(node)?;
-                let dims = self.dims[id.index()];
-                let source = input(self, 0);
-                return self.linear(id, source, &parameters[0], parameters.get(1), dims.c);
+                let outputs = self.dims[id.index()].c;
+                let source = self.input(node, 0);
+                return self.linear(id, source, &parameters[0], parameters.get(1), outputs);
             }
             Op::SelfAttention { dim, heads } => {
                 let parameters = self.parameters(node)?;
                 let Dims { h, w, .. } = self.dims[id.index()];
-                let [weight, bias] = [&parameters[0], &parameters[1]];
-                let source = input(self, 0);
-                let qkv = self.projection(source, weight, bias, Dims::new(h, w, 3 * dim));
+                let source = self.input(node, 0);
+                let store = Store {
+                    bias: parameters[1].clone(),
+                    activation: None,
+                };
+                let qkv = self.new_value(Dims::new(h, w, 3 * dim));
+                let projection = self.pointwise(&parameters[0], dim, &vec![1.0; 3 * dim], store);
+                self.push(projection, vec![source], qkv);
                 let mixed = self.new_value(Dims::new(h, w, dim));
-                self.push(Kind::Attention { heads }, vec![qkv], mixed);
+                self.push(Kind::Attention { heads }, vec![self.whole(qkv)], mixed);
+                let mixed = self.whole(mixed);
                 return self.linear(id, mixed, &parameters[2], Some(&parameters[3]), dim);
             }
+            Op::Concat => return self.concat(id),
             Op::BatchNorm { eps, .. } => {
                 let (scale, shift) = fold_batch_norm(&self.parameters(node)?, eps);
                 Kind::ScaleShift {
@@ -136,11 +169,9 @@ impl Lowering<'_> {
             Op::Activation(activation) => Kind::Activation(activation),
             Op::Add => Kind::Add,
             Op::Multiply => Kind::Multiply,
-            Op::Concat => Kind::Concat,
-            Op::Slice { start, .. } => Kind::Slice { start },
             Op::ChannelShuffle { groups } => Kind::ChannelShuffle { groups },
-            Op::MaxPool(pool) => Kind::MaxPool(self.pool(id, pool)),
-            Op::AvgPool(pool) => Kind::AvgPool(self.pool(id, pool)),
+            Op::MaxPool(pool) => self.pool(id, pool, Reduction::Max),
+            Op::AvgPool(pool) => self.pool(id, pool, Reduction::Average),
             Op::GlobalAvgPool => Kind::GlobalAvgPool,
             Op::ClassToken { .. } => Kind::ClassToken {
                 token: self.parameters(node)?.swap_remove(0),
@@ -171,10 +202,62 @@ impl Lowering<'_> {
             }
             Op::SelectToken { index } => Kind::SelectToken { index },
         };
-        let inputs = (0..node.inputs.len()).map(|i| input(self, i)).collect();
-        let output = self.new_value(self.dims[id.index()]);
-        self.push(kind, inputs, output);
-        self.value_of[id.index()] = Some(output);
+        let inputs = (0..node.inputs.len()).map(|i| {
+            let view = self.input(node, i);
+            self.materialize(view)
+        });
+        let inputs = inputs.collect();
+        self.push_node(id, kind, inputs);
+        Ok(())
+    }
+
+    /// Where a node's input lies.
+    fn input(&self, node: &Node, index: usize) -> View {
+        self.value_of[node.inputs[index].index()].expect("inputs come before readers")
+    }
+
+    /// All channels of a value.
+    fn whole(&self, value: ValueId) -> View {
+        View {
+            value,
+            start: 0,
+            channels: self.layouts[value].dims.c,
+        }
+    }
+
+    fn is_whole(&self, view: View) -> bool {
+        view == self.whole(view.value)
+    }
+
+    /// A value of its own for some channels of another.
+    fn materialize(&mut self, view: View) -> View {
+        if self.is_whole(view) {
+            return view;
+        }
+        let Dims { h, w, .. } = self.layouts[view.value].dims;
+        let copy = self.new_value(Dims::new(h, w, view.channels));
+        self.push(Kind::Concat { interleave: false }, vec![view], copy);
+        self.whole(copy)
+    }
+
+    /// Channels of several values side by side; a shuffle of two halves that follows becomes part
+    /// of the copy.
+    fn concat(&mut self, id: NodeId) -> Result<(), PlanError> {
+        let node = self.graph.node(id);
+        let inputs: Vec<View> = (0..node.inputs.len())
+            .map(|i| self.input(node, i))
+            .collect();
+        let halves = matches!(inputs[..], [a, b] if a.channels == b.channels);
+        let shuffle = self
+            .only_reader(id)
+            .filter(|&next| halves && self.graph.node(next).op == Op::ChannelShuffle { groups: 2 });
+        let kind = Kind::Concat {
+            interleave: shuffle.is_some(),
+        };
+        if let Some(shuffle) = shuffle {
+            self.fused[shuffle.index()] = true;
+        }
+        self.push_node(shuffle.unwrap_or(id), kind, inputs);
         Ok(())
     }
 
@@ -185,87 +268,114 @@ impl Lowering<'_> {
         let output_dims = self.dims[id.index()];
         let window = window(input_dims, c.kernel, c.stride, c.padding);
         let tail = self.tail(id)?;
-        let source = self.value_of[node.inputs[0].index()].expect("inputs come before readers");
-        let epilogue = tail.epilogue(parameters.get(1).map(Vec::as_slice));
+        let store = tail.store(parameters.get(1).map(Vec::as_slice));
+        let mut source = self.input(node, 0);
+        let (weight, scale, isa) = (&parameters[0], &tail.scale, self.options.isa);
+        let [kh, kw] = c.kernel;
+        let border;
         let kind = if c.is_depthwise() {
+            source = self.materialize(source);
+            border = window.border(input_dims, output_dims);
+            let area = kh * kw;
+            let channels = output_dims.c;
+            let value = |i: usize| {
+                let (tap, c) = (i / channels, i % channels);
+                (f64::from(weight[c * area + tap]) * scale[c]) as f32
+            };
             let conv = Depthwise {
-                input: input_dims,
-                output: output_dims,
+                isa,
                 window,
+                weights: (0..area * channels).map(value).collect(),
             };
-            Kind::Depthwise {
-                packed: conv.pack(&parameters[0], &tail.scale),
-                conv,
-                epilogue,
-            }
+            Kind::Depthwise { conv, store }
+        } else if let Some(tile) = self.winograd_tile(c, &window) {
+            source = self.materialize(source);
+            let channels = [c.out_channels, c.in_channels];
+            let conv = Winograd::new(isa, tile, channels, weight, scale);
+            border = conv.border(output_dims);
+            Kind::Winograd { conv, store }
         } else {
-            let conv = Conv {
-                input: input_dims,
-                output: output_dims,
-                window,
-                groups: c.groups,
-            };
+            border = window.border(input_dims, output_dims);
+            let (ins, outs) = (c.in_channels / c.groups, c.out_channels / c.groups);
+            let groups = (0..c.groups).map(|group| {
+                Packed::new(isa, kh * kw * ins, outs, |row, column| {
+                    let (tap, i) = (row / ins, row % ins);
+                    let o = group * outs + column;
+                    (f64::from(weight[(o * ins + i) * kh * kw + tap]) * scale[o]) as f32
+                })
+            });
             Kind::Conv {
-                packed: conv.pack(&parameters[0], &tail.scale),
-                conv,
-                epilogue,
+                window,
+                groups: groups.collect(),
+                store,
             }
         };
+        let layout = &mut self.layouts[source.value];
+        layout.border = layout.border.union(border);
         self.push_fused(kind, source, output_dims, &tail);
         Ok(())
+    }
+
+    /// Rows of the tile with which Winograd's algorithm computes the convolution, where it serves:
+    /// by the layer alone, so that an image's result does not depend on its batch.
+    fn winograd_tile(&self, c: &Conv2d, window: &Window) -> Option<usize> {
+        let serves = !self.options.exact
+            && c.padding.is_same_size(3)
+            && c.groups == 1
+            && c.stride == 1
+            && window.kernel == [3, 3]
+            && window.before == [1, 1]
+            && c.in_channels.min(c.out_channels) >= 32
+            && Winograd::fits(self.options.isa, c.in_channels, c.out_channels);
+        // Transformed weights grow with the square of the tile: beyond this they cost more to
+        // read than they save.
+        serves.then_some(if c.in_channels <= 256 { 6 } else { 4 })
     }
 
     /// A linear layer over the pixels of `source`, with what follows node `id` taken in.
     fn linear(
         &mut self,
         id: NodeId,
-        source: ValueId,
+        source: View,
         weight: &[f32],
         bias: Option<&Vec<f32>>,
         outputs: usize,
     ) -> Result<(), PlanError> {
         let tail = self.tail(id)?;
-        let Dims { h, w, .. } = self.value_dims[source];
-        let output = Dims::new(h, w, outputs);
-        let conv = pointwise(self.value_dims[source], output);
-        let kind = Kind::Conv {
-            packed: conv.pack(weight, &tail.scale),
-            conv,
-            epilogue: tail.epilogue(bias.map(Vec::as_slice)),
-        };
-        self.push_fused(kind, source, output, &tail);
+        let Dims { h, w, c } = self.layouts[source.value].dims;
+        let store = tail.store(bias.map(Vec::as_slice));
+        let kind = self.pointwise(weight, c, &tail.scale, store);
+        self.push_fused(kind, source, Dims::new(h, w, outputs), &tail);
         Ok(())
     }
 
-    /// A linear layer inside a node, with nothing taken in.
-    fn projection(
-        &mut self,
-        source: ValueId,
-        weight: &[f32],
-        bias: &[f32],
-        output: Dims,
-    ) -> ValueId {
-        let conv = pointwise(self.value_dims[source], output);
-        let kind = Kind::Conv {
-            packed: conv.pack(weight, &vec![1.0; output.c]),
-            conv,
-            epilogue: Epilogue {
-                bias: bias.to_vec(),
-                residual: false,
-                activation: None,
-            },
+    /// The convolution that a linear layer `[outputs, inputs]` is.
+    fn pointwise(&self, weight: &[f32], inputs: usize, scale: &[f64], store: Store) -> Kind {
+        let value = |i: usize, o: usize| (f64::from(weight[o * inputs + i]) * scale[o]) as f32;
+        let window = Window {
+            kernel: [1, 1],
+            stride: 1,
+            before: [0, 0],
         };
-        let value = self.new_value(output);
-        self.push(kind, vec![source], value);
-        value
+        Kind::Conv {
+            window,
+            groups: vec![Packed::new(self.options.isa, inputs, scale.len(), value)],
+            store,
+        }
     }
 
-    fn push_fused(&mut self, kind: Kind, source: ValueId, dims: Dims, tail: &Tail) {
+    fn push_node(&mut self, id: NodeId, kind: Kind, inputs: Vec<View>) {
+        let output = self.new_value(self.dims[id.index()]);
+        self.push(kind, inputs, output);
+        self.value_of[id.index()] = Some(self.whole(output));
+    }
+
+    fn push_fused(&mut self, kind: Kind, source: View, dims: Dims, tail: &Tail) {
         let output = self.new_value(dims);
         let mut inputs = vec![source];
         inputs.extend(tail.residual);
         self.push(kind, inputs, output);
-        self.value_of[tail.end.index()] = Some(output);
+        self.value_of[tail.end.index()] = Some(self.whole(output));
     }
 
     /// Follows the nodes after a convolution as long as they can become part of it: dropout, one
@@ -290,10 +400,13 @@ impl Lowering<'_> {
                 }
                 Op::Add if tail.residual.is_none() => {
                     let other = node.inputs.iter().find(|&&i| i != tail.end);
-                    let Some(value) = other.and_then(|i| self.value_of[i.index()]) else {
+                    let Some(view) = other.and_then(|i| self.value_of[i.index()]) else {
                         break;
                     };
-                    tail.residual = Some(value);
+                    if !self.is_whole(view) {
+                        break;
+                    }
+                    tail.residual = Some(view);
                 }
                 Op::Activation(activation) => {
                     tail.activation = Some(activation);
@@ -317,12 +430,11 @@ impl Lowering<'_> {
         }
     }
 
-    fn pool(&self, id: NodeId, pool: Pool2d) -> Pool {
+    fn pool(&self, id: NodeId, pool: Pool2d, reduction: Reduction) -> Kind {
         let input = self.dims[self.graph.node(id).inputs[0].index()];
         let padding = Padding::Symmetric(pool.padding);
-        Pool {
-            input,
-            output: self.dims[id.index()],
+        Kind::Pool {
+            reduction,
             window: window(input, [pool.kernel; 2], pool.stride, padding),
         }
     }
@@ -334,63 +446,67 @@ impl Lowering<'_> {
     }
 
     fn new_value(&mut self, dims: Dims) -> ValueId {
-        self.value_dims.push(dims);
-        self.value_dims.len() - 1
+        let value = self.layouts.len();
+        self.layouts.push(Layout::plain(dims));
+        self.memory_of.push(value);
+        value
     }
 
-    fn push(&mut self, kind: Kind, inputs: Vec<ValueId>, output: ValueId) {
+    fn push(&mut self, kind: Kind, inputs: Vec<View>, output: ValueId) {
         self.steps.push(Step {
             kind,
-            input_dims: inputs.iter().map(|&i| self.value_dims[i]).collect(),
-            output_dims: self.value_dims[output],
+            isa: self.options.isa,
             inputs,
             output,
         });
     }
 
-    fn finish(self) -> Lowered {
-        let value = |id: NodeId| self.value_of[id.index()].expect("outputs are not fused away");
-        let outputs: Vec<_> = self
-            .outputs
-            .iter()
-            .map(|&id| (value(id), self.dims[id.index()]))
-            .collect();
+    fn finish(mut self) -> Lowered {
+        let wanted: Vec<NodeId> = self.outputs.to_vec();
+        let mut outputs = Vec::new();
+        for id in wanted {
+            let view = self.value_of[id.index()].expect("outputs are not fused away");
+            let view = self.materialize(view);
+            outputs.push((view.value, self.layouts[view.value].dims));
+        }
         let mut lifetimes: Vec<Lifetime> = self
-            .value_dims
+            .layouts
             .iter()
-            .map(|dims| Lifetime {
+            .map(|layout| Lifetime {
                 first: 0,
                 last: 0,
-                len: dims.len(),
+                len: layout.len(),
             })
             .collect();
         for (index, step) in self.steps.iter().enumerate() {
             lifetimes[step.output].first = index;
-            for &value in step.inputs.iter().chain([&step.output]) {
-                lifetimes[value].last = index;
+            for value in step.inputs.iter().map(|v| v.value).chain([step.output]) {
+                lifetimes[self.memory_of[value]].last = index;
             }
         }
         for &(value, _) in &outputs {
-            lifetimes[value].last = self.steps.len();
+            lifetimes[self.memory_of[value]].last = self.steps.len();
         }
+        let input = self.value_of[self.graph.input().index()].expect("the input is a value");
         Lowered {
             steps: self.steps,
             lifetimes,
-            input: value(self.graph.input()),
+            layouts: self.layouts,
+            memory_of: self.memory_of,
+            input: input.value,
             outputs,
         }
     }
 }
 
 impl Tail {
-    fn epilogue(&self, bias: Option<&[f32]>) -> Epilogue {
+    fn store(&self, bias: Option<&[f32]>) -> Store {
         let folded = |(i, shift): (usize, &f64)| {
             let bias = bias.map_or(0.0, |b| f64::from(b[i]));
             (shift + bias * self.scale[i]) as f32
         };
-        Epilogue {
+        Store {
             bias: self.shift.iter().enumerate().map(folded).collect(),
-            residual: self.residual.is_some(),
             activation: self.activation,
         }
     }
@@ -415,19 +531,6 @@ fn window(input: Dims, kernel: [usize; 2], stride: usize, padding: Padding) -> W
             padding.amounts(input.h, kernel[0], stride).0,
             padding.amounts(input.w, kernel[1], stride).0,
         ],
-    }
-}
-
-fn pointwise(input: Dims, output: Dims) -> Conv {
-    Conv {
-        input,
-        output,
-        window: Window {
-            kernel: [1, 1],
-            stride: 1,
-            before: [0, 0],
-        },
-        groups: 1,
     }
 }
 
@@ -474,7 +577,10 @@ mod tests {
         let vb = Params::new(None, 0).var_builder(&Device::Cpu);
         let mut ids: Vec<NodeId> = outputs.iter().map(|n| graph.find(n).unwrap()).collect();
         ids.push(graph.output());
-        lower(&graph, &vb, [64, 64], &ids).unwrap().steps.len()
+        lower(&graph, &vb, [64, 64], &ids, Options::threads(1))
+            .unwrap()
+            .steps
+            .len()
     }
 
     #[test]

@@ -1,46 +1,56 @@
-//! The steps of a plan, and how each is shared among threads.
+//! The steps of a plan, and how each is divided into tasks.
 
 use std::cell::RefCell;
 use std::ops::Range;
 
-use rayon::prelude::*;
-
-use super::arena::ValueId;
+use super::arena::{Buffer, ValueId};
+use super::pool::Pool;
 use crate::graph::Activation;
-use crate::kernels::conv::{Conv, Depthwise};
-use crate::kernels::pool::{Pool, global_average};
-use crate::kernels::{Dims, attention, elementwise, norm};
+use crate::kernels::depthwise::Depthwise;
+use crate::kernels::gemm::{Epilogue, Packed, Rows, gemm};
+use crate::kernels::pool::{Reduction, global_average, pool};
+use crate::kernels::winograd::{self, Winograd};
+use crate::kernels::{Dims, Isa, Source, Target, Window, attention, elementwise, norm};
 
 /// One operation on values of the arena.
 pub(super) struct Step {
     pub kind: Kind,
+    pub isa: Isa,
     /// What the kind says that it reads, in order.
-    pub inputs: Vec<ValueId>,
+    pub inputs: Vec<View>,
     pub output: ValueId,
-    /// Of one image.
-    pub input_dims: Vec<Dims>,
-    pub output_dims: Dims,
+}
+
+/// A value, or some of its channels. Only convolutions and [`Kind::Concat`] read parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct View {
+    pub value: ValueId,
+    pub start: usize,
+    pub channels: usize,
 }
 
 /// What is stored after a convolution or linear layer: its sum plus bias, plus the step's second
-/// input where `residual`, through the activation.
-pub(super) struct Epilogue {
+/// input where it has one, through the activation.
+pub(super) struct Store {
     pub bias: Vec<f32>,
-    pub residual: bool,
     pub activation: Option<Activation>,
 }
 
 pub(super) enum Kind {
     /// Also linear layers, as convolutions over the tokens (or the one pixel).
     Conv {
-        conv: Conv,
-        packed: Vec<f32>,
-        epilogue: Epilogue,
+        window: Window,
+        /// For each group, depth in the order of kernel rows, columns, channels.
+        groups: Vec<Packed>,
+        store: Store,
+    },
+    Winograd {
+        conv: Winograd,
+        store: Store,
     },
     Depthwise {
         conv: Depthwise,
-        packed: Vec<f32>,
-        epilogue: Epilogue,
+        store: Store,
     },
     /// A batch norm that follows no convolution.
     ScaleShift {
@@ -51,15 +61,17 @@ pub(super) enum Kind {
     Add,
     /// The second input may be one pixel.
     Multiply,
-    Concat,
-    Slice {
-        start: usize,
+    /// Inputs' channels one after the other; two of equal width in turn where `interleave`.
+    Concat {
+        interleave: bool,
     },
     ChannelShuffle {
         groups: usize,
     },
-    MaxPool(Pool),
-    AvgPool(Pool),
+    Pool {
+        reduction: Reduction,
+        window: Window,
+    },
     GlobalAvgPool,
     /// The token, then the input's.
     ClassToken {
@@ -83,164 +95,310 @@ pub(super) enum Kind {
     },
 }
 
+#[derive(Default)]
+struct Scratch {
+    rows: Rows,
+    attention: attention::Scratch,
+}
+
 thread_local! {
     /// Each thread's scratch, kept from step to step.
-    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// About how many tasks a step is divided into, where it is large enough.
+const TASKS: usize = 8;
+/// Left-side values of a product's task: they stay in the second-level cache while panels pass.
+const BLOCK_VALUES: usize = 48 << 10;
+/// Scratch values for a chunk of Winograd tiles.
+const CHUNK_VALUES: usize = 1 << 20;
+
+impl Store {
+    fn epilogue(&self) -> Epilogue<'_> {
+        Epilogue {
+            bias: &self.bias,
+            activation: self.activation,
+        }
+    }
 }
 
 impl Step {
     /// Computes the output for a batch of `count` images.
-    pub fn run(&self, inputs: &[&[f32]], output: &mut [f32], count: usize) {
-        let image = |input: usize, i: usize| {
-            let len = self.input_dims[input].len();
-            &inputs[input][i * len..(i + 1) * len]
+    ///
+    /// In every task below, the rows, pixels or channels that are written are the task's own, and
+    /// inputs are written by nobody: the plan's arena keeps them apart. That is the contract of
+    /// the kernels.
+    pub fn run(
+        &self,
+        threads: &Pool,
+        inputs: &[Source],
+        output: Target,
+        count: usize,
+        scratch: &mut Buffer,
+    ) {
+        let run = Run {
+            step: self,
+            threads,
+            inputs,
+            output,
+            count,
         };
-        // The part of an input that lies where a block of output rows does.
-        let same_rows = |input: usize, i: usize, rows: &Range<usize>| {
-            let row = self.input_dims[input].row();
-            &image(input, i)[rows.start * row..rows.end * row]
-        };
+        let isa = self.isa;
+        let channels = output.layout.dims.c;
         match &self.kind {
             Kind::Conv {
-                conv,
-                packed,
-                epilogue,
-            } => self.for_rows(output, |i, rows, out| {
-                let residual = epilogue.residual.then(|| same_rows(1, i, &rows));
-                SCRATCH.with_borrow_mut(|columns| {
-                    conv.rows(image(0, i), packed, rows, columns, out);
-                });
-                elementwise::epilogue(out, &epilogue.bias, residual, epilogue.activation);
+                window,
+                groups,
+                store,
+            } => run.convolution(window, groups, store),
+            Kind::Winograd { conv, store } => run.winograd(conv, store, scratch),
+            Kind::Depthwise { conv, store } => run.for_row_blocks(|image, rows| {
+                // SAFETY: see above.
+                unsafe {
+                    let residual = inputs.get(1);
+                    conv.rows(&inputs[0], &output, residual, store.epilogue(), image, rows);
+                }
             }),
-            Kind::Depthwise {
-                conv,
-                packed,
-                epilogue,
-            } => self.for_rows(output, |i, rows, out| {
-                let residual = epilogue.residual.then(|| same_rows(1, i, &rows));
-                conv.rows(image(0, i), packed, rows, out);
-                elementwise::epilogue(out, &epilogue.bias, residual, epilogue.activation);
+            Kind::ScaleShift { scale, shift } => run.for_rows(|image, y, out| {
+                elementwise::scale_shift(isa, run.row(0, image, y), scale, shift, out);
             }),
-            Kind::ScaleShift { scale, shift } => self.for_rows(output, |i, rows, out| {
-                elementwise::scale_shift(same_rows(0, i, &rows), scale, shift, out);
+            Kind::Activation(activation) => run.for_rows(|image, y, out| {
+                elementwise::activate(isa, *activation, run.row(0, image, y), out);
             }),
-            Kind::Activation(activation) => self.for_rows(output, |i, rows, out| {
-                out.copy_from_slice(same_rows(0, i, &rows));
-                elementwise::activate(*activation, out);
+            Kind::Add => run.for_rows(|image, y, out| {
+                elementwise::add(isa, run.row(0, image, y), run.row(1, image, y), out);
             }),
-            Kind::Add => self.for_rows(output, |i, rows, out| {
-                out.copy_from_slice(same_rows(0, i, &rows));
-                elementwise::add(out, same_rows(1, i, &rows));
+            Kind::Multiply => run.for_rows(|image, y, out| {
+                let gate = inputs[1].layout.dims != inputs[0].layout.dims;
+                let factor = run.row(1, image, if gate { 0 } else { y });
+                elementwise::multiply(isa, run.row(0, image, y), factor, out);
             }),
-            Kind::Multiply => self.for_rows(output, |i, rows, out| {
-                out.copy_from_slice(same_rows(0, i, &rows));
-                if self.input_dims[1] == self.output_dims {
-                    elementwise::multiply(out, same_rows(1, i, &rows));
-                } else {
-                    for pixel in out.chunks_exact_mut(self.output_dims.c) {
-                        elementwise::multiply(pixel, image(1, i));
+            Kind::Concat { interleave } => run.for_rows(|image, y, out| {
+                let row = |i: usize| (run.row(i, image, y), inputs[i].layout.dims.c);
+                if *interleave {
+                    let [(a, ac), (b, bc)] = [row(0), row(1)];
+                    let [from_a, from_b] = [self.inputs[0].start, self.inputs[1].start];
+                    let pixels = a.chunks_exact(ac).zip(b.chunks_exact(bc));
+                    for (out, (a, b)) in out.chunks_exact_mut(channels).zip(pixels) {
+                        let pairs = out.as_chunks_mut().0.iter_mut();
+                        for ((out, &a), &b) in pairs.zip(&a[from_a..]).zip(&b[from_b..]) {
+                            *out = [a, b];
+                        }
                     }
+                    return;
                 }
-            }),
-            Kind::Concat => self.for_rows(output, |i, rows, out| {
                 let mut to = 0;
-                for (input, dims) in self.input_dims.iter().enumerate() {
-                    let source = same_rows(input, i, &rows);
-                    let place = (self.output_dims.c, to);
-                    elementwise::copy_channels(source, (dims.c, 0), out, place, dims.c);
-                    to += dims.c;
+                for (i, view) in self.inputs.iter().enumerate() {
+                    let (row, stride) = row(i);
+                    let place = (channels, to);
+                    let from = (stride, view.start);
+                    elementwise::copy_channels(row, from, out, place, view.channels);
+                    to += view.channels;
                 }
             }),
-            Kind::Slice { start } => self.for_rows(output, |i, rows, out| {
-                let source = (self.input_dims[0].c, *start);
-                let channels = self.output_dims.c;
-                let rows = same_rows(0, i, &rows);
-                elementwise::copy_channels(rows, source, out, (channels, 0), channels);
+            Kind::ChannelShuffle { groups } => run.for_rows(|image, y, out| {
+                elementwise::channel_shuffle(run.row(0, image, y), channels, *groups, out);
             }),
-            Kind::ChannelShuffle { groups } => self.for_rows(output, |i, rows, out| {
-                let channels = self.output_dims.c;
-                elementwise::channel_shuffle(same_rows(0, i, &rows), channels, *groups, out);
+            Kind::Pool { reduction, window } => run.for_row_blocks(|image, rows| {
+                // SAFETY: see above.
+                unsafe { pool(isa, *reduction, window, &inputs[0], &output, image, rows) };
             }),
-            Kind::MaxPool(pool) => self.for_rows(output, |i, rows, out| {
-                pool.max_rows(image(0, i), rows, out);
+            Kind::GlobalAvgPool => {
+                const BLOCK: usize = 64;
+                let blocks = channels.div_ceil(BLOCK);
+                run.tasks(count * blocks, |task| {
+                    let (image, start) = (task / blocks, task % blocks * BLOCK);
+                    let part = start..(start + BLOCK).min(channels);
+                    // SAFETY: see above.
+                    unsafe {
+                        let out = output.image(image).add(output.layout.offset(0, 0) + start);
+                        let out = std::slice::from_raw_parts_mut(out, part.len());
+                        global_average(isa, &inputs[0], image, part, out);
+                    }
+                });
+            }
+            Kind::ClassToken { token } => run.for_rows(|image, y, out| match y.checked_sub(1) {
+                None => out.copy_from_slice(token),
+                Some(y) => out.copy_from_slice(run.row(0, image, y)),
             }),
-            Kind::AvgPool(pool) => self.for_rows(output, |i, rows, out| {
-                pool.average_rows(image(0, i), rows, out);
+            Kind::AddConstant { values } => run.for_rows(|image, y, out| {
+                let constant = &values[y * out.len()..(y + 1) * out.len()];
+                elementwise::add(isa, run.row(0, image, y), constant, out);
             }),
-            Kind::GlobalAvgPool => self.for_images(output, |i, out| {
-                global_average(self.input_dims[0], image(0, i), out);
-            }),
-            Kind::ClassToken { token } => self.for_images(output, |i, out| {
-                let (first, rest) = out.split_at_mut(token.len());
-                first.copy_from_slice(token);
-                rest.copy_from_slice(image(0, i));
-            }),
-            Kind::AddConstant { values } => self.for_images(output, |i, out| {
-                out.copy_from_slice(image(0, i));
-                elementwise::add(out, values);
-            }),
-            Kind::LayerNorm { weight, bias, eps } => self.for_rows(output, |i, rows, out| {
-                norm::layer_norm(same_rows(0, i, &rows), weight, bias, *eps, out);
+            Kind::LayerNorm { weight, bias, eps } => run.for_rows(|image, y, out| {
+                norm::layer_norm(isa, run.row(0, image, y), weight, bias, *eps, out);
             }),
             Kind::Attention { heads } => {
-                let Dims {
-                    h: tokens, c: dim, ..
-                } = self.output_dims;
-                // Heads interleave in the output, so each is computed apart and then put there.
-                let width = dim / heads;
-                let mut parts = vec![0.0; output.len()];
-                parts
-                    .par_chunks_exact_mut(tokens * width)
-                    .enumerate()
-                    .for_each(|(index, part)| {
-                        let (i, head) = (index / heads, index % heads);
-                        let shape = (tokens, dim, *heads);
-                        SCRATCH.with_borrow_mut(|scores| {
-                            attention::head(image(0, i), shape, head, scores, part);
-                        });
+                let Dims { h: tokens, c, .. } = output.layout.dims;
+                run.tasks(count * heads, |task| {
+                    let (image, head) = (task / heads, task % heads);
+                    SCRATCH.with_borrow_mut(|scratch| {
+                        // SAFETY: see above; sequences have no border.
+                        unsafe {
+                            let qkv = inputs[0].image(image);
+                            let qkv = std::slice::from_raw_parts(qkv, inputs[0].layout.len());
+                            let shape = (tokens, c, *heads);
+                            let out = output.image(image);
+                            attention::head(isa, qkv, shape, head, &mut scratch.attention, out);
+                        }
                     });
-                for (index, part) in parts.chunks_exact(tokens * width).enumerate() {
-                    let (i, head) = (index / heads, index % heads);
-                    let out = &mut output[i * tokens * dim..(i + 1) * tokens * dim];
-                    elementwise::copy_channels(part, (width, 0), out, (dim, head * width), width);
-                }
+                });
             }
-            Kind::SelectToken { index } => self.for_images(output, |i, out| {
-                let dim = out.len();
-                out.copy_from_slice(&image(0, i)[index * dim..(index + 1) * dim]);
+            Kind::SelectToken { index } => run.for_rows(|image, _, out| {
+                out.copy_from_slice(run.row(0, image, *index));
             }),
         }
-        debug_assert_eq!(output.len(), count * self.output_dims.len());
-    }
-
-    /// Shares blocks of output rows among the threads: image, rows, the block.
-    fn for_rows(&self, output: &mut [f32], f: impl Fn(usize, Range<usize>, &mut [f32]) + Sync) {
-        let dims = self.output_dims;
-        let block = block_rows(dims);
-        output
-            .par_chunks_exact_mut(dims.len())
-            .enumerate()
-            .flat_map(|(i, image)| {
-                let blocks = image.par_chunks_mut(block * dims.row()).enumerate();
-                blocks.map(move |(b, out)| (i, b, out))
-            })
-            .for_each(|(i, b, out)| {
-                let start = b * block;
-                f(i, start..start + out.len() / dims.row(), out);
-            });
-    }
-
-    /// Shares images among the threads.
-    fn for_images(&self, output: &mut [f32], f: impl Fn(usize, &mut [f32]) + Sync) {
-        output
-            .par_chunks_exact_mut(self.output_dims.len())
-            .enumerate()
-            .for_each(|(i, out)| f(i, out));
     }
 }
 
-/// Rows of a block: about eight blocks an image, each of at least two dozen pixels.
-fn block_rows(dims: Dims) -> usize {
-    let blocks = (dims.h * dims.w / 24).clamp(1, 8);
-    dims.h.div_ceil(blocks)
+/// A step at work.
+struct Run<'a> {
+    step: &'a Step,
+    threads: &'a Pool,
+    inputs: &'a [Source],
+    output: Target,
+    count: usize,
+}
+
+impl Run<'_> {
+    /// Runs tasks, and clears the output's border beside them.
+    fn tasks(&self, tasks: usize, task: impl Fn(usize) + Sync) {
+        if self.output.layout.is_plain() {
+            self.threads.run(tasks, task);
+            return;
+        }
+        self.threads
+            .run(tasks + self.count, |index| match index.checked_sub(tasks) {
+                None => task(index),
+                // SAFETY: the border belongs to no other task.
+                Some(image) => unsafe { self.output.clear_border(image) },
+            });
+    }
+
+    /// A row of an input.
+    fn row(&self, input: usize, image: usize, y: usize) -> &[f32] {
+        // SAFETY: nobody writes a step's inputs; the image and row are those of an output.
+        unsafe { self.inputs[input].row(image, y) }
+    }
+
+    /// Shares blocks of output rows.
+    fn for_row_blocks(&self, f: impl Fn(usize, Range<usize>) + Sync) {
+        let rows = self.output.layout.dims.h;
+        let blocks = if self.count >= TASKS { 2 } else { TASKS };
+        let block = rows.div_ceil(blocks);
+        let blocks = rows.div_ceil(block);
+        self.tasks(self.count * blocks, |task| {
+            let start = task % blocks * block;
+            f(task / blocks, start..(start + block).min(rows));
+        });
+    }
+
+    /// Shares output rows.
+    fn for_rows(&self, f: impl Fn(usize, usize, &mut [f32]) + Sync) {
+        self.for_row_blocks(|image, rows| {
+            for y in rows {
+                // SAFETY: the row is this task's own.
+                f(image, y, unsafe { self.output.row(image, y) });
+            }
+        });
+    }
+
+    fn convolution(&self, window: &Window, groups: &[Packed], store: &Store) {
+        let Self {
+            step,
+            inputs,
+            output,
+            count,
+            ..
+        } = *self;
+        let view = step.inputs[0];
+        let layout = inputs[0].layout;
+        let [kh, kw] = window.kernel;
+        let ins = view.channels / groups.len();
+        let outs = output.layout.dims.c / groups.len();
+        let row = layout.row_stride();
+        // Runs of contiguous values behind a window's first pixel.
+        let whole_rows = groups.len() == 1 && view.channels == layout.dims.c;
+        let taps: Vec<usize> = if whole_rows {
+            (0..kh).map(|ky| ky * row).collect()
+        } else {
+            let columns = |ky: usize| (0..kw).map(move |kx| ky * row + kx * layout.dims.c);
+            (0..kh).flat_map(columns).collect()
+        };
+        let depth = kh * kw * ins;
+        let pixels = count * output.layout.dims.pixels();
+        let tile = 2 * Packed::TILE_ROWS;
+        let block = (BLOCK_VALUES / depth / tile * tile).clamp(2 * tile, 20 * tile);
+        let blocks = pixels.div_ceil(block);
+        let panels = groups[0].panel_count();
+        let parts = (TASKS.div_ceil(blocks * groups.len())).min(panels);
+        let part = panels.div_ceil(parts);
+        let parts = panels.div_ceil(part);
+        self.tasks(blocks * groups.len() * parts, |task| {
+            let (block_index, rest) =
+                (task / (groups.len() * parts), task % (groups.len() * parts));
+            let (group, part_index) = (rest / parts, rest % parts);
+            let start = block_index * block;
+            let pixels = start..(start + block).min(pixels);
+            let panels = part_index * part..((part_index + 1) * part).min(panels);
+            let places = [view.start + group * ins, group * outs];
+            let epilogue = Epilogue {
+                bias: &store.bias[group * outs..(group + 1) * outs],
+                activation: store.activation,
+            };
+            SCRATCH.with_borrow_mut(|Scratch { rows, .. }| {
+                // SAFETY: the kernels' contract, see `Step::run`; the input's border is as wide
+                // as its readers' windows reach.
+                unsafe {
+                    let residual = inputs.get(1);
+                    rows.set_pixels(pixels, window, &inputs[0], &output, residual, places);
+                    gemm(&groups[group], panels, rows, &taps, epilogue);
+                }
+            });
+        });
+    }
+
+    fn winograd(&self, conv: &Winograd, store: &Store, scratch: &mut Buffer) {
+        let Self {
+            inputs,
+            output,
+            count,
+            ..
+        } = *self;
+        let tiles = count * conv.tiles(output.layout.dims);
+        let [inputs_each, outputs_each] = conv.scratch_per_tile();
+        let chunk = (CHUNK_VALUES / (inputs_each + outputs_each)).clamp(24, tiles.max(24));
+        scratch.reserve(chunk * (inputs_each + outputs_each));
+        let values = scratch.write(0..chunk * (inputs_each + outputs_each));
+        let (transformed, products) = values.split_at_mut(chunk * inputs_each);
+        let scratch = winograd::Scratch {
+            transformed: transformed.as_mut_ptr(),
+            products: products.as_mut_ptr(),
+            tiles: chunk,
+        };
+        for start in (0..tiles).step_by(chunk) {
+            let end = (start + chunk).min(tiles);
+            let block = (end - start).div_ceil(TASKS);
+            let blocks = (end - start).div_ceil(block);
+            let part = |task: usize| start + task * block..(start + (task + 1) * block).min(end);
+            // SAFETY: the kernels' contract, see `Step::run`; a phase ends before the next.
+            self.threads.run(blocks, |task| unsafe {
+                conv.transform(&inputs[0], &scratch, start, part(task));
+            });
+            self.threads.run(conv.frequencies(), |frequency| {
+                SCRATCH.with_borrow_mut(|Scratch { rows, .. }| unsafe {
+                    conv.multiply(&scratch, frequency, end - start, rows);
+                });
+            });
+            let finish = |task| unsafe {
+                let (residual, epilogue) = (inputs.get(1), store.epilogue());
+                conv.finish(&output, residual, epilogue, &scratch, start, part(task));
+            };
+            if end == tiles {
+                self.tasks(blocks, finish);
+            } else {
+                self.threads.run(blocks, finish);
+            }
+        }
+    }
 }

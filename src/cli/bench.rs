@@ -1,0 +1,157 @@
+use std::io::Write;
+use std::num::NonZeroUsize;
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+
+use super::{Global, Outcome};
+use crate::weights::{ModelError, Request, WeightsChoice, resolve};
+
+/// Time forward passes on random input
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  sconce bench -m resnet50
+  sconce bench -m mobilenet_v2 -b 16 -j 1 --format json")]
+pub struct Arguments {
+    /// Images that go through the network together
+    #[arg(short, long, value_name = "N", default_value = "1")]
+    batch_size: NonZeroUsize,
+    /// How long to measure
+    #[arg(long, value_name = "S", default_value = "3", value_parser = seconds)]
+    seconds: Duration,
+    /// Height and width of the images [default: what the network was trained on]
+    #[arg(long, value_name = "N")]
+    image_size: Option<NonZeroUsize>,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    format: Format,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Format {
+    Text,
+    Json,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    text.parse()
+        .ok()
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .ok_or_else(|| "expected a number of seconds".into())
+}
+
+/// What was measured, as `--format json` prints it.
+#[derive(Debug, Serialize)]
+struct Report {
+    model: String,
+    batch_size: usize,
+    threads: usize,
+    device: String,
+    train: bool,
+    median_ms: f64,
+    min_ms: f64,
+    images_per_second: f64,
+    /// Of the whole process; None where the system does not say.
+    peak_memory_mb: Option<f64>,
+}
+
+/// Passes before measuring, and at least as many measured.
+const WARM_UP: usize = 3;
+
+pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
+    let request = global.request();
+    let model = match resolve(&request) {
+        // Speed does not depend on the weights' values: random ones serve.
+        Err(ModelError::NotHere { .. } | ModelError::Unpublished { .. }) => resolve(&Request {
+            weights: WeightsChoice::None,
+            ..request
+        })?,
+        other => other?,
+    };
+    let device = global.device.open()?;
+    let size = arguments
+        .image_size
+        .map_or(model.preprocessing.crop, NonZeroUsize::get);
+    let mut runner = model.runner(&device, [size; 2], global.plan_options())?;
+    let count = arguments.batch_size.get();
+    let mut rng = ChaCha8Rng::seed_from_u64(global.seed);
+    let images: Vec<f32> = (0..count * size * size * 3)
+        .map(|_| rng.random_range(-2.0..2.0))
+        .collect();
+    let mut pass = || -> anyhow::Result<f64> {
+        let started = Instant::now();
+        runner.logits(&images, count)?;
+        Ok(started.elapsed().as_secs_f64() * 1e3)
+    };
+    for _ in 0..WARM_UP {
+        pass()?;
+    }
+    let mut times = Vec::new();
+    let started = Instant::now();
+    while times.len() < WARM_UP || started.elapsed() < arguments.seconds {
+        times.push(pass()?);
+    }
+    times.sort_by(f64::total_cmp);
+    let median_ms = times[times.len() / 2];
+    let report = Report {
+        model: model.name,
+        batch_size: count,
+        threads: global.threads(),
+        device: if device.is_cpu() {
+            "cpu"
+        } else if device.is_cuda() {
+            "cuda"
+        } else {
+            "metal"
+        }
+        .into(),
+        train: false,
+        median_ms,
+        min_ms: times[0],
+        images_per_second: count as f64 / median_ms * 1e3,
+        peak_memory_mb: peak_memory_mb(),
+    };
+    let mut out = global.stdout();
+    match arguments.format {
+        Format::Json => writeln!(out, "{}", serde_json::to_string(&report)?)?,
+        Format::Text => {
+            writeln!(
+                out,
+                "{}, {size} x {size}, batch {count}, {} threads: median {median_ms:.2} ms, fastest {:.2} ms, {:.1} images a second",
+                report.model, report.threads, report.min_ms, report.images_per_second
+            )?;
+            if let Some(peak) = report.peak_memory_mb {
+                writeln!(out, "peak memory {peak:.0} MB")?;
+            }
+        }
+    }
+    Ok(Outcome::AllDone)
+}
+
+/// The most memory that this process has had, in 10⁶ bytes.
+#[cfg(unix)]
+fn peak_memory_mb() -> Option<f64> {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the call fills the struct that it is given.
+    let usage = unsafe {
+        if libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr()) != 0 {
+            return None;
+        }
+        usage.assume_init()
+    };
+    // Bytes on Apple's systems, KiB elsewhere.
+    let unit = if cfg!(target_vendor = "apple") {
+        1.0
+    } else {
+        1024.0
+    };
+    Some(usage.ru_maxrss as f64 * unit / 1e6)
+}
+
+#[cfg(not(unix))]
+fn peak_memory_mb() -> Option<f64> {
+    None
+}

@@ -1,0 +1,68 @@
+use pulp::{Arch, Simd, WithSimd};
+
+/// The instruction set that kernels use.
+#[derive(Clone, Copy, Debug)]
+pub struct Isa {
+    arch: Arch,
+}
+
+impl Isa {
+    /// The best that this machine has (AVX-512, AVX2 with FMA, NEON); the environment variable
+    /// `SCONCE_ISA=portable` forces plain scalar code, which runs anywhere.
+    pub fn detect() -> Self {
+        match std::env::var_os("SCONCE_ISA") {
+            Some(name) if name == "portable" => Self::portable(),
+            _ => Self { arch: Arch::new() },
+        }
+    }
+
+    /// No vectors at all.
+    pub fn portable() -> Self {
+        Self { arch: Arch::Scalar }
+    }
+
+    /// Runs a kernel that is written over vectors.
+    #[inline(always)]
+    pub(super) fn dispatch<Op: WithSimd>(self, op: Op) -> Op::Output {
+        self.arch.dispatch(op)
+    }
+
+    /// Runs plain loops, compiled for the instruction set.
+    #[inline(always)]
+    pub(super) fn compiled<R>(self, op: impl FnOnce() -> R) -> R {
+        self.arch.dispatch(op)
+    }
+
+    /// Values in a vector.
+    pub fn lanes(self) -> usize {
+        struct Lanes;
+        impl WithSimd for Lanes {
+            type Output = usize;
+            #[inline(always)]
+            fn with_simd<S: Simd>(self, _: S) -> usize {
+                S::F32_LANES
+            }
+        }
+        self.dispatch(Lanes)
+    }
+}
+
+/// Reads a vector.
+///
+/// # Safety
+/// As many values as a vector has lie behind the pointer.
+#[inline(always)]
+pub(super) unsafe fn load<S: Simd>(from: *const f32) -> S::f32s {
+    // SAFETY: as the caller promises; no alignment is assumed.
+    unsafe { from.cast::<S::f32s>().read_unaligned() }
+}
+
+/// Writes a vector.
+///
+/// # Safety
+/// As many values as a vector has lie behind the pointer, for the caller alone.
+#[inline(always)]
+pub(super) unsafe fn store<S: Simd>(to: *mut f32, value: S::f32s) {
+    // SAFETY: as the caller promises; no alignment is assumed.
+    unsafe { to.cast::<S::f32s>().write_unaligned(value) }
+}
