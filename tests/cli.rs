@@ -120,11 +120,10 @@ fn every_format_says_the_same() {
     let rows: Vec<&str> = csv.lines().collect();
     assert_eq!(rows[0], "path,rank,index,label,probability,error");
     assert_eq!(rows.len(), 4);
+    let cells: Vec<&str> = rows[1].split(',').collect();
+    assert_eq!(cells[..4], ["assets/coffee.png", "1", "967", "espresso"]);
     let probability = lines[0]["top"][0]["probability"].as_f64().unwrap();
-    assert_eq!(
-        rows[1],
-        format!("assets/coffee.png,1,967,espresso,{probability},")
-    );
+    assert!((cells[4].parse::<f64>().unwrap() - probability).abs() < 1e-12);
     assert!(rows[3].starts_with("missing.png,,,,,"));
     assert!(run("text").starts_with("assets/coffee.png"));
 }
@@ -554,13 +553,59 @@ fn networks_are_listed_and_drawn() {
 }
 
 #[test]
+fn bench_times_any_network_without_weights() {
+    let arguments = [
+        "bench",
+        "-m",
+        "resnet18",
+        "-b",
+        "2",
+        "--image-size",
+        "64",
+        "-j",
+        "2",
+    ];
+    let run = |more: &[&str]| {
+        let mut command = sconce();
+        command
+            .args(arguments)
+            .args(["--seconds", "0.05", "--device", "cpu"])
+            .args(more);
+        command.assert().success().get_output().stdout.clone()
+    };
+    let report: Value = serde_json::from_slice(&run(&["--format", "json"])).unwrap();
+    for (key, expected) in [("batch_size", 2), ("threads", 2)] {
+        assert_eq!(report[key], expected);
+    }
+    assert_eq!(
+        (&report["device"], &report["train"]),
+        (&"cpu".into(), &false.into())
+    );
+    let number = |key: &str| report[key].as_f64().unwrap();
+    assert!(number("min_ms") > 0.0 && number("min_ms") <= number("median_ms"));
+    let rate = 2.0 / number("median_ms") * 1e3;
+    assert!((number("images_per_second") / rate - 1.0).abs() < 1e-6);
+    assert!(number("peak_memory_mb") > 10.0);
+    let text = String::from_utf8(run(&["--exact"])).unwrap();
+    assert!(
+        text.starts_with("resnet18.tv, 64 x 64, batch 2, 2 threads: median "),
+        "{text}"
+    );
+    sconce()
+        .args(["bench", "--image-size", "8", "-m", "vit_b_16"])
+        .assert()
+        .code(2)
+        .stderr(contains("layer conv_proj"));
+}
+
+#[test]
 fn help_has_examples_and_shells_get_completions() {
     sconce()
         .arg("--help")
         .assert()
         .success()
         .stdout(contains("Examples:"));
-    for command in ["classify", "models", "completions"] {
+    for command in ["classify", "models", "bench", "completions"] {
         let mut help = sconce();
         help.args([command, "--help"])
             .assert()

@@ -138,7 +138,7 @@ fn logits(name: &str, network: &str, weights: WeightsChoice) -> Vec<f32> {
     let image: Rgb = DECODER.decode(&bytes).unwrap();
     let pixels = prepare(&image, &model.preprocessing);
     let mut runner = model
-        .runner(&candle_core::Device::Cpu, Options::threads(2))
+        .runner(&candle_core::Device::Cpu, [224; 2], Options::threads(2))
         .unwrap();
     runner.logits(&pixels, 1).unwrap()
 }

@@ -1,205 +1,506 @@
-//! Kernels against plain loops in float64, over random shapes.
+//! Kernels against plain loops in float64, over random shapes, with vectors and without.
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::conv::{Conv, Depthwise};
-use super::pool::{Pool, global_average};
-use super::{Dims, Window, attention, elementwise, norm};
+use super::depthwise::Depthwise;
+use super::gemm::{Epilogue, Packed, Rows, gemm};
+use super::pool::{Reduction, global_average, pool};
+use super::winograd::{Scratch, Winograd};
+use super::{Border, Dims, Isa, Layout, Source, Target, Window, attention, elementwise, norm};
+use crate::graph::Activation;
+
+const ACTIVATIONS: [Option<Activation>; 6] = [
+    None,
+    Some(Activation::Relu),
+    Some(Activation::Relu6),
+    Some(Activation::HardSigmoid),
+    Some(Activation::HardSwish),
+    Some(Activation::Gelu),
+];
+
+fn isas() -> [Isa; 2] {
+    [Isa::detect(), Isa::portable()]
+}
 
 fn random(rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
     (0..count).map(|_| rng.random_range(-1.0..1.0)).collect()
 }
 
-fn assert_close(actual: &[f32], expected: &[f64], what: &str) {
+fn assert_close(actual: &[f32], expected: &[f64], tolerance: f64, what: &str) {
     assert_eq!(actual.len(), expected.len(), "{what}");
     for (i, (a, e)) in actual.iter().zip(expected).enumerate() {
         let error = (f64::from(*a) - e).abs();
-        assert!(
-            error <= 2e-5 * (1.0 + e.abs()),
-            "{what}: [{i}] {a} is not {e}"
-        );
+        let bound = tolerance * (1.0 + e.abs());
+        assert!(error <= bound, "{what}: [{i}] {a} is not {e}");
     }
 }
 
-/// A window, an input it fits, and the output's height and width.
-fn random_window(rng: &mut ChaCha8Rng) -> (Window, [usize; 2], [usize; 2]) {
-    let kernel: [usize; 2] = [rng.random_range(1..=5), rng.random_range(1..=5)];
-    let stride = rng.random_range(1..=3);
-    let before = kernel.map(|k| rng.random_range(0..k));
-    let after = kernel.map(|k| rng.random_range(0..k));
-    let input = [0, 1].map(|i: usize| {
-        let least = kernel[i].saturating_sub(before[i] + after[i]).max(1);
-        rng.random_range(least..least + 12)
-    });
-    let output = [0, 1].map(|i: usize| (input[i] + before[i] + after[i] - kernel[i]) / stride + 1);
-    let window = Window {
-        kernel,
-        stride,
-        before,
-    };
-    (window, input, output)
+fn activate(activation: Option<Activation>, x: f64) -> f64 {
+    match activation {
+        None => x,
+        Some(Activation::Relu) => x.max(0.0),
+        Some(Activation::Relu6) => x.clamp(0.0, 6.0),
+        Some(Activation::HardSigmoid) => (x + 3.0).clamp(0.0, 6.0) / 6.0,
+        Some(Activation::HardSwish) => x * (x + 3.0).clamp(0.0, 6.0) / 6.0,
+        // The series of the error function loses its digits where the function is 1 or -1.
+        Some(Activation::Gelu) if x.abs() > 6.0 => x.max(0.0),
+        Some(Activation::Gelu) => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
+    }
 }
 
-/// Weighted sum over a window, with PyTorch's weight layout.
-fn plain_conv(conv: &Conv, input: &[f32], weight: &[f32], scale: &[f64]) -> Vec<f64> {
-    let [kh, kw] = conv.window.kernel;
-    let (ins, outs) = (conv.input.c / conv.groups, conv.output.c / conv.groups);
-    let mut result = Vec::new();
-    for y in 0..conv.output.h {
-        for x in 0..conv.output.w {
-            for o in 0..conv.output.c {
-                let mut sum = 0.0;
-                for ky in 0..kh {
-                    for kx in 0..kw {
-                        let iy = (y * conv.window.stride + ky) as isize;
-                        let ix = (x * conv.window.stride + kx) as isize;
-                        let [top, left] = conv.window.before.map(|b| b as isize);
-                        let Some(pixel) = conv.input.pixel(input, iy - top, ix - left) else {
-                            continue;
-                        };
-                        for i in 0..ins {
-                            let value = pixel[o / outs * ins + i];
-                            let weight = weight[((o * ins + i) * kh + ky) * kw + kx];
-                            sum += f64::from(value) * f64::from(weight) * scale[o];
-                        }
-                    }
+/// The error function by its Maclaurin series.
+fn erf(x: f64) -> f64 {
+    let (mut term, mut sum) = (x, x);
+    for n in 1..200 {
+        term *= -x * x / f64::from(n);
+        sum += term / f64::from(2 * n + 1);
+    }
+    sum * 2.0 / std::f64::consts::PI.sqrt()
+}
+
+/// A batch in a layout, with a border of zeros, or of what must not be read.
+struct Batch {
+    values: Vec<f32>,
+    layout: Layout,
+    count: usize,
+}
+
+impl Batch {
+    fn new(images: &[f32], dims: Dims, border: Border, count: usize) -> Self {
+        let layout = Layout { dims, border };
+        let mut batch = Self {
+            values: vec![f32::NAN; layout.len() * count],
+            layout,
+            count,
+        };
+        let target = batch.target();
+        for (index, row) in images.chunks_exact(dims.w * dims.c).enumerate() {
+            // SAFETY: the batch is this function's own.
+            unsafe {
+                if index % dims.h == 0 {
+                    target.clear_border(index / dims.h);
                 }
-                result.push(sum);
+                target
+                    .row(index / dims.h, index % dims.h)
+                    .copy_from_slice(row);
             }
         }
+        batch
     }
-    result
+
+    /// Values that a kernel has to fill.
+    fn empty(dims: Dims, border: Border, count: usize) -> Self {
+        Self::new(&vec![f32::NAN; dims.len() * count], dims, border, count)
+    }
+
+    fn source(&self) -> Source {
+        Source::new(&self.values, self.layout, self.count)
+    }
+
+    fn target(&mut self) -> Target {
+        Target::new(&mut self.values, self.layout, self.count)
+    }
+
+    /// The images without border, which must still be zero.
+    fn images(&self) -> Vec<f32> {
+        let source = self.source();
+        let rows = (0..self.count).flat_map(|i| (0..self.layout.dims.h).map(move |y| (i, y)));
+        // SAFETY: nobody writes the batch.
+        let images: Vec<f32> = rows
+            .flat_map(|(i, y)| unsafe { source.row(i, y) }.to_vec())
+            .collect();
+        let inside = images.iter().filter(|v| **v != 0.0).count();
+        let all = self.values.iter().filter(|v| **v != 0.0).count();
+        assert_eq!(inside, all, "a kernel wrote to the border");
+        images
+    }
+}
+
+fn random_border(rng: &mut ChaCha8Rng) -> Border {
+    Border {
+        top: rng.random_range(0..3),
+        left: rng.random_range(0..3),
+        bottom: rng.random_range(0..3),
+        right: rng.random_range(0..3),
+    }
+}
+
+/// A convolution of random shape, and what a plain loop makes of it.
+struct Case {
+    window: Window,
+    groups: usize,
+    input: Dims,
+    output: Dims,
+    count: usize,
+    images: Vec<f32>,
+    /// PyTorch's `[out, in / groups, kh, kw]`.
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+    residual: Option<Vec<f32>>,
+    activation: Option<Activation>,
+    expected: Vec<f64>,
+}
+
+impl Case {
+    fn random(rng: &mut ChaCha8Rng, number: usize) -> Self {
+        let kernel: [usize; 2] = [rng.random_range(1..=5), rng.random_range(1..=5)];
+        let stride = rng.random_range(1..=3);
+        let before = kernel.map(|k| rng.random_range(0..k));
+        let after = kernel.map(|k| rng.random_range(0..k));
+        let size = [0, 1].map(|i: usize| {
+            let least = kernel[i].saturating_sub(before[i] + after[i]).max(1);
+            rng.random_range(least..least + 12)
+        });
+        let groups = rng.random_range(1..=4);
+        let (ins, outs) = (rng.random_range(1..=9), rng.random_range(1..=40));
+        let window = Window {
+            kernel,
+            stride,
+            before,
+        };
+        Self::new(rng, number, window, size, after, [groups, ins, outs])
+    }
+
+    fn new(
+        rng: &mut ChaCha8Rng,
+        number: usize,
+        window: Window,
+        [h, w]: [usize; 2],
+        after: [usize; 2],
+        [groups, ins, outs]: [usize; 3],
+    ) -> Self {
+        let out = |size: usize, axis: usize| {
+            (size + window.before[axis] + after[axis] - window.kernel[axis]) / window.stride + 1
+        };
+        let input = Dims::new(h, w, groups * ins);
+        let output = Dims::new(out(h, 0), out(w, 1), groups * outs);
+        let count = rng.random_range(1..=3);
+        let area = window.kernel[0] * window.kernel[1];
+        let has_residual = rng.random_range(0..2) == 0;
+        let mut case = Self {
+            window,
+            groups,
+            input,
+            output,
+            count,
+            images: random(rng, input.len() * count),
+            weight: random(rng, output.c * ins * area),
+            bias: random(rng, output.c),
+            residual: has_residual.then(|| random(rng, output.len() * count)),
+            activation: ACTIVATIONS[number % ACTIVATIONS.len()],
+            expected: Vec::new(),
+        };
+        case.expected = case.plain_loop();
+        case
+    }
+
+    fn plain_loop(&self) -> Vec<f64> {
+        let [kh, kw] = self.window.kernel;
+        let (ins, outs) = (self.input.c / self.groups, self.output.c / self.groups);
+        let mut result = Vec::new();
+        for image in self.images.chunks_exact(self.input.len()) {
+            for y in 0..self.output.h {
+                for x in 0..self.output.w {
+                    for o in 0..self.output.c {
+                        let mut sum = f64::from(self.bias[o]);
+                        for tap in 0..kh * kw {
+                            let (ky, kx) = (tap / kw, tap % kw);
+                            let iy =
+                                (y * self.window.stride + ky).wrapping_sub(self.window.before[0]);
+                            let ix =
+                                (x * self.window.stride + kx).wrapping_sub(self.window.before[1]);
+                            if iy >= self.input.h || ix >= self.input.w {
+                                continue;
+                            }
+                            for i in 0..ins {
+                                let channel = o / outs * ins + i;
+                                let value =
+                                    image[(iy * self.input.w + ix) * self.input.c + channel];
+                                let weight = self.weight[(o * ins + i) * kh * kw + tap];
+                                sum += f64::from(value) * f64::from(weight);
+                            }
+                        }
+                        let residual = self
+                            .residual
+                            .as_ref()
+                            .map_or(0.0, |r| f64::from(r[result.len()]));
+                        result.push(activate(self.activation, sum + residual));
+                    }
+                }
+            }
+        }
+        result
+    }
+
+    fn epilogue(&self) -> Epilogue<'_> {
+        Epilogue {
+            bias: &self.bias,
+            activation: self.activation,
+        }
+    }
+
+    /// Input, output and residual in layouts with at least the border that is needed.
+    fn batches(&self, rng: &mut ChaCha8Rng, needed: Border) -> (Batch, Batch, Option<Batch>) {
+        let border = needed.union(random_border(rng));
+        let input = Batch::new(&self.images, self.input, border, self.count);
+        let output = Batch::empty(self.output, random_border(rng), self.count);
+        let residual = self
+            .residual
+            .as_ref()
+            .map(|values| Batch::new(values, self.output, random_border(rng), self.count));
+        (input, output, residual)
+    }
+
+    fn check(&self, output: &Batch, tolerance: f64, what: &str) {
+        let what = format!(
+            "{what}: {:?} {:?} to {:?}, {} groups, {:?}",
+            self.window, self.input, self.output, self.groups, self.activation
+        );
+        assert_close(&output.images(), &self.expected, tolerance, &what);
+    }
 }
 
 #[test]
-fn convolutions_equal_a_plain_loop_whichever_rows_are_asked_for() {
+fn convolutions_equal_a_plain_loop_whatever_part_is_asked_for() {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
-    let mut columns = Vec::new();
-    for case in 0..300 {
-        let (window, [ih, iw], [oh, ow]) = random_window(&mut rng);
-        let groups = rng.random_range(1..=4);
-        let ins = rng.random_range(1..=9);
-        let outs = rng.random_range(1..=20);
-        let depthwise = case % 3 == 0;
-        let (groups, ins, outs) = if depthwise {
-            (groups * ins, 1, 1)
+    for number in 0..400 {
+        let case = Case::random(&mut rng, number);
+        let isa = isas()[number % 2];
+        let needed = case.window.border(case.input, case.output);
+        let (input, mut output, residual) = case.batches(&mut rng, needed);
+        let [kh, kw] = case.window.kernel;
+        let (ins, outs) = (case.input.c / case.groups, case.output.c / case.groups);
+        let row = input.layout.row_stride();
+        let taps: Vec<usize> = if case.groups == 1 {
+            (0..kh).map(|ky| ky * row).collect()
         } else {
-            (groups, ins, outs)
+            (0..kh * kw)
+                .map(|tap| tap / kw * row + tap % kw * case.input.c)
+                .collect()
         };
-        let conv = Conv {
-            input: Dims::new(ih, iw, groups * ins),
-            output: Dims::new(oh, ow, groups * outs),
-            window,
-            groups,
-        };
-        let input = random(&mut rng, conv.input.len());
-        let weight = random(
-            &mut rng,
-            conv.output.c * ins * window.kernel[0] * window.kernel[1],
-        );
-        let scale: Vec<f64> = (0..conv.output.c)
-            .map(|_| rng.random_range(0.5..1.5))
-            .collect();
-        let expected = plain_conv(&conv, &input, &weight, &scale);
-        let mut out = vec![f32::NAN; conv.output.len()];
-        let split = rng.random_range(0..oh);
-        let (upper, lower) = out.split_at_mut(split * conv.output.row());
-        for (rows, out) in [(0..split, upper), (split..oh, lower)] {
-            if rows.is_empty() {
-                continue;
-            }
-            if depthwise {
-                let Conv {
-                    input: i,
-                    output,
-                    window,
-                    ..
-                } = conv;
-                let kernel = Depthwise {
-                    input: i,
-                    output,
-                    window,
-                };
-                kernel.rows(&input, &kernel.pack(&weight, &scale), rows, out);
-            } else {
-                let packed = conv.pack(&weight, &scale);
-                conv.rows(&input, &packed, rows, &mut columns, out);
+        let pixels = case.count * case.output.pixels();
+        let cut = rng.random_range(0..=pixels);
+        let target = output.target();
+        for group in 0..case.groups {
+            let packed = Packed::new(isa, kh * kw * ins, outs, |depth, column| {
+                let (tap, i) = (depth / ins, depth % ins);
+                case.weight[((group * outs + column) * ins + i) * kh * kw + tap]
+            });
+            let panels = packed.panel_count();
+            let panel = rng.random_range(0..=panels);
+            let epilogue = Epilogue {
+                bias: &case.bias[group * outs..(group + 1) * outs],
+                activation: case.activation,
+            };
+            for pixels in [0..cut, cut..pixels] {
+                for panels in [0..panel, panel..panels] {
+                    let mut rows = Rows::new();
+                    // SAFETY: the batches hold what the case says, and are this test's own.
+                    unsafe {
+                        rows.set_pixels(
+                            pixels.clone(),
+                            &case.window,
+                            &input.source(),
+                            &target,
+                            residual.as_ref().map(Batch::source).as_ref(),
+                            [group * ins, group * outs],
+                        );
+                        gemm(&packed, panels, &rows, &taps, epilogue);
+                    }
+                }
             }
         }
-        assert_close(&out, &expected, &format!("case {case}: {conv:?}"));
+        case.check(&output, 3e-5, &format!("case {number}"));
+    }
+}
+
+#[test]
+fn depthwise_convolutions_equal_a_plain_loop() {
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    for number in 0..400 {
+        let mut case = Case::random(&mut rng, number);
+        let channels = rng.random_range(1..=40);
+        let after = [0, 1].map(|i| rng.random_range(0..case.window.kernel[i]));
+        let size = [0, 1].map(|i: usize| case.window.kernel[i] + rng.random_range(0..16));
+        case = Case::new(&mut rng, number, case.window, size, after, [channels, 1, 1]);
+        let area = case.window.kernel[0] * case.window.kernel[1];
+        let conv = Depthwise {
+            isa: isas()[number % 2],
+            window: case.window,
+            weights: (0..area * channels)
+                .map(|i| case.weight[i % channels * area + i / channels])
+                .collect(),
+        };
+        let needed = case.window.border(case.input, case.output);
+        let (input, mut output, residual) = case.batches(&mut rng, needed);
+        let cut = rng.random_range(0..=case.output.h);
+        let target = output.target();
+        for image in 0..case.count {
+            for rows in [0..cut, cut..case.output.h] {
+                // SAFETY: the batches hold what the case says, and are this test's own.
+                unsafe {
+                    let residual = residual.as_ref().map(Batch::source);
+                    let (source, residual) = (input.source(), residual.as_ref());
+                    conv.rows(&source, &target, residual, case.epilogue(), image, rows);
+                }
+            }
+        }
+        case.check(&output, 1e-5, &format!("case {number}"));
+    }
+}
+
+#[test]
+fn winograd_equals_a_plain_loop() {
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    for number in 0..120 {
+        let window = Window {
+            kernel: [3, 3],
+            stride: 1,
+            before: [1, 1],
+        };
+        let isa = isas()[number % 2];
+        let channels = [0; 2].map(|_| isa.lanes() * rng.random_range(1..=3));
+        let size = [0; 2].map(|_| rng.random_range(1..=13));
+        let shape = [1, channels[0], channels[1]];
+        let case = Case::new(&mut rng, number, window, size, [1, 1], shape);
+        for tile in [4, 6] {
+            let scale = vec![1.0; case.output.c];
+            let weights = [case.output.c, case.input.c];
+            let conv = Winograd::new(isa, tile, weights, &case.weight, &scale);
+            let (input, mut output, residual) = case.batches(&mut rng, conv.border(case.output));
+            let tiles = case.count * conv.tiles(case.output);
+            let chunk = rng.random_range(1..=tiles);
+            let [transformed, products] = conv.scratch_per_tile();
+            let mut transformed = vec![f32::NAN; transformed * chunk];
+            let mut products = vec![f32::NAN; products * chunk];
+            let scratch = Scratch {
+                transformed: transformed.as_mut_ptr(),
+                products: products.as_mut_ptr(),
+                tiles: chunk,
+            };
+            let target = output.target();
+            for start in (0..tiles).step_by(chunk) {
+                let end = (start + chunk).min(tiles);
+                let cut = rng.random_range(start..=end);
+                // SAFETY: the batches hold what the case says, and are this test's own.
+                unsafe {
+                    conv.transform(&input.source(), &scratch, start, start..cut);
+                    conv.transform(&input.source(), &scratch, start, cut..end);
+                    for frequency in 0..conv.frequencies() {
+                        conv.multiply(&scratch, frequency, end - start, &mut Rows::new());
+                    }
+                    let residual = residual.as_ref().map(Batch::source);
+                    for part in [start..cut, cut..end] {
+                        let residual = residual.as_ref();
+                        conv.finish(&target, residual, case.epilogue(), &scratch, start, part);
+                    }
+                }
+            }
+            case.check(&output, 1e-4, &format!("case {number}, tiles of {tile}"));
+        }
     }
 }
 
 #[test]
 fn pooling_equals_a_plain_loop() {
-    let mut rng = ChaCha8Rng::seed_from_u64(2);
-    for case in 0..200 {
-        let (window, [ih, iw], [oh, ow]) = random_window(&mut rng);
-        let c = rng.random_range(1..=9);
-        let pool = Pool {
-            input: Dims::new(ih, iw, c),
-            output: Dims::new(oh, ow, c),
+    let mut rng = ChaCha8Rng::seed_from_u64(4);
+    for number in 0..300 {
+        let Case {
             window,
-        };
-        let input = random(&mut rng, pool.input.len());
-        let mut max = Vec::new();
-        let mut average = Vec::new();
-        for y in 0..oh {
-            for x in 0..ow {
-                for channel in 0..c {
-                    let [top, left] = window.origin(y, x);
-                    let inside: Vec<f64> = (0..window.kernel[0] as isize)
-                        .flat_map(|ky| (0..window.kernel[1] as isize).map(move |kx| (ky, kx)))
-                        .filter_map(|(ky, kx)| pool.input.pixel(&input, top + ky, left + kx))
-                        .map(|pixel| f64::from(pixel[channel]))
-                        .collect();
-                    max.push(inside.iter().copied().fold(f64::NEG_INFINITY, f64::max));
-                    let area = window.kernel[0] * window.kernel[1];
-                    average.push(inside.iter().sum::<f64>() / area as f64);
+            input,
+            output,
+            count,
+            images,
+            ..
+        } = Case::random(&mut rng, number);
+        let output = Dims::new(output.h, output.w, input.c);
+        // PyTorch asks for at least half of the window; here one pixel must be inside.
+        let reaches = |out: usize, axis: usize| (out - 1) * window.stride >= window.before[axis];
+        let inside = (output.h - 1) * window.stride < input.h + window.before[0]
+            && (output.w - 1) * window.stride < input.w + window.before[1];
+        if !inside || (output.h > 1 && !reaches(output.h, 0)) {
+            continue;
+        }
+        let batch = Batch::new(&images, input, random_border(&mut rng), count);
+        for reduction in [Reduction::Max, Reduction::Average] {
+            let mut expected = Vec::new();
+            for image in images.chunks_exact(input.len()) {
+                for (y, x) in (0..output.h).flat_map(|y| (0..output.w).map(move |x| (y, x))) {
+                    for c in 0..input.c {
+                        let mut values = Vec::new();
+                        for tap in 0..window.kernel[0] * window.kernel[1] {
+                            let (ky, kx) = (tap / window.kernel[1], tap % window.kernel[1]);
+                            let iy = (y * window.stride + ky).wrapping_sub(window.before[0]);
+                            let ix = (x * window.stride + kx).wrapping_sub(window.before[1]);
+                            if iy < input.h && ix < input.w {
+                                values.push(f64::from(image[(iy * input.w + ix) * input.c + c]));
+                            }
+                        }
+                        let area = (window.kernel[0] * window.kernel[1]) as f64;
+                        expected.push(match reduction {
+                            Reduction::Max => values.into_iter().fold(f64::NEG_INFINITY, f64::max),
+                            Reduction::Average => values.iter().sum::<f64>() / area,
+                        });
+                    }
                 }
             }
+            let mut out = Batch::empty(output, random_border(&mut rng), count);
+            let target = out.target();
+            for image in 0..count {
+                let isa = isas()[number % 2];
+                // SAFETY: the batches hold what the case says, and are this test's own.
+                unsafe {
+                    let rows = 0..output.h;
+                    pool(
+                        isa,
+                        reduction,
+                        &window,
+                        &batch.source(),
+                        &target,
+                        image,
+                        rows,
+                    );
+                }
+            }
+            let what = format!("{reduction:?}, case {number}: {window:?} {input:?}");
+            assert_close(&out.images(), &expected, 1e-6, &what);
         }
-        let mut out = vec![f32::NAN; pool.output.len()];
-        pool.average_rows(&input, 0..oh, &mut out);
-        assert_close(&out, &average, &format!("average, case {case}: {pool:?}"));
-        pool.max_rows(&input, 0..oh, &mut out);
-        let out: Vec<f64> = out.iter().map(|&v| f64::from(v)).collect();
-        assert_eq!(out, max, "max, case {case}: {pool:?}");
     }
 }
 
 #[test]
 fn a_global_average_is_the_mean() {
-    let mut rng = ChaCha8Rng::seed_from_u64(3);
-    for _ in 0..50 {
-        let dims = Dims::new(
-            rng.random_range(1..30),
-            rng.random_range(1..30),
-            rng.random_range(1..20),
-        );
-        let input = random(&mut rng, dims.len());
-        let mut out = vec![0.0; dims.c];
-        global_average(dims, &input, &mut out);
-        let mut expected = vec![0.0; dims.c];
-        for (i, value) in input.iter().enumerate() {
-            expected[i % dims.c] += f64::from(*value) / (dims.h * dims.w) as f64;
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    for number in 0..50 {
+        let [h, w, c] = [30, 30, 20].map(|most| rng.random_range(1..most));
+        let dims = Dims::new(h, w, c);
+        let images = random(&mut rng, dims.len());
+        let batch = Batch::new(&images, dims, random_border(&mut rng), 1);
+        let cut = rng.random_range(0..=c);
+        let mut out = vec![f32::NAN; c];
+        for part in [0..cut, cut..c] {
+            let out = &mut out[part.clone()];
+            // SAFETY: nobody writes the batch.
+            unsafe { global_average(isas()[number % 2], &batch.source(), 0, part, out) };
         }
-        assert_close(&out, &expected, "global average");
+        let mut expected = vec![0.0; c];
+        for (i, value) in images.iter().enumerate() {
+            expected[i % c] += f64::from(*value) / (h * w) as f64;
+        }
+        assert_close(&out, &expected, 1e-6, "global average");
     }
 }
 
 #[test]
 fn attention_equals_its_definition() {
-    let mut rng = ChaCha8Rng::seed_from_u64(4);
-    for _ in 0..30 {
-        let (tokens, heads, width) = (
-            rng.random_range(1..20),
-            rng.random_range(1..4),
-            rng.random_range(1..10),
-        );
+    let mut rng = ChaCha8Rng::seed_from_u64(6);
+    for number in 0..60 {
+        let [tokens, heads, width] = [50, 4, 24].map(|most| rng.random_range(1..most));
         let dim = heads * width;
-        let qkv = random(&mut rng, tokens * 3 * dim);
+        let sharpness = rng.random_range(0.1..4.0);
+        let mut qkv = random(&mut rng, tokens * 3 * dim);
+        qkv.iter_mut().for_each(|v| *v *= sharpness);
         let value = |t: usize, part: usize, c: usize| f64::from(qkv[t * 3 * dim + part * dim + c]);
         let mut expected = vec![0.0; tokens * dim];
         for h in 0..heads {
@@ -222,20 +523,21 @@ fn attention_equals_its_definition() {
             }
         }
         let mut out = vec![f32::NAN; tokens * dim];
-        let mut scores = Vec::new();
-        let mut part = vec![f32::NAN; tokens * width];
+        let mut scratch = attention::Scratch::default();
         for h in 0..heads {
-            attention::head(&qkv, (tokens, dim, heads), h, &mut scores, &mut part);
-            elementwise::copy_channels(&part, (width, 0), &mut out, (dim, h * width), width);
+            let isa = isas()[number % 2];
+            let shape = (tokens, dim, heads);
+            // SAFETY: `out` is this test's own and holds all tokens.
+            unsafe { attention::head(isa, &qkv, shape, h, &mut scratch, out.as_mut_ptr()) };
         }
-        assert_close(&out, &expected, "attention");
+        assert_close(&out, &expected, 3e-5, "attention");
     }
 }
 
 #[test]
 fn layer_norm_equals_its_definition() {
-    let mut rng = ChaCha8Rng::seed_from_u64(5);
-    for _ in 0..50 {
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    for number in 0..50 {
         let (rows, dim) = (rng.random_range(1..6), rng.random_range(2..200));
         let input = random(&mut rng, rows * dim);
         let (weight, bias) = (random(&mut rng, dim), random(&mut rng, dim));
@@ -254,8 +556,25 @@ fn layer_norm_equals_its_definition() {
             }
         }
         let mut out = vec![0.0; input.len()];
-        norm::layer_norm(&input, &weight, &bias, 1e-6, &mut out);
-        assert_close(&out, &expected, "layer norm");
+        norm::layer_norm(isas()[number % 2], &input, &weight, &bias, 1e-6, &mut out);
+        assert_close(&out, &expected, 1e-5, "layer norm");
+    }
+}
+
+#[test]
+fn activations_equal_their_definitions() {
+    let input: Vec<f32> = (-900..=900).map(|i| i as f32 / 100.0).collect();
+    for isa in isas() {
+        for activation in ACTIVATIONS.into_iter().flatten() {
+            let mut out = vec![f32::NAN; input.len()];
+            elementwise::activate(isa, activation, &input, &mut out);
+            for (x, y) in input.iter().zip(out) {
+                let x = f64::from(*x);
+                let expected = activate(Some(activation), x);
+                let error = (f64::from(y) - expected).abs();
+                assert!(error < 2e-7 * (1.0 + x.abs()), "{activation:?}({x}): {y}");
+            }
+        }
     }
 }
 
@@ -264,6 +583,7 @@ fn a_channel_shuffle_transposes_groups() {
     let input: Vec<f32> = (0..12).map(|v| v as f32).collect();
     let mut out = vec![0.0; 12];
     elementwise::channel_shuffle(&input, 6, 2, &mut out);
-    let expected = [0., 3., 1., 4., 2., 5., 6., 9., 7., 10., 8., 11.];
-    assert_eq!(out, expected);
+    assert_eq!(out, [0., 3., 1., 4., 2., 5., 6., 9., 7., 10., 8., 11.]);
+    elementwise::channel_shuffle(&input, 6, 3, &mut out);
+    assert_eq!(out, [0., 2., 4., 1., 3., 5., 6., 8., 10., 7., 9., 11.]);
 }

@@ -472,10 +472,15 @@ impl Lowering<'_> {
         let mut lifetimes: Vec<Lifetime> = self
             .layouts
             .iter()
-            .map(|layout| Lifetime {
+            .enumerate()
+            .map(|(value, layout)| Lifetime {
                 first: 0,
                 last: 0,
-                len: layout.len(),
+                len: if self.memory_of[value] == value {
+                    layout.len()
+                } else {
+                    0
+                },
             })
             .collect();
         for (index, step) in self.steps.iter().enumerate() {
