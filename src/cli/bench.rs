@@ -7,14 +7,15 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use super::{Global, Outcome};
+use super::{Global, Outcome, complain};
 use crate::weights::{ModelError, Request, WeightsChoice, resolve};
 
 /// Time forward passes on random input
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   sconce bench -m resnet50
-  sconce bench -m mobilenet_v2 -b 16 -j 1 --format json")]
+  sconce bench -m mobilenet_v2 -b 16 -j 1 --format json
+  sconce bench -m resnet18 -v              where the time goes, step by step")]
 pub struct Arguments {
     /// Images that go through the network together
     #[arg(short, long, value_name = "N", default_value = "1")]
@@ -81,6 +82,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     let images: Vec<f32> = (0..count * size * size * 3)
         .map(|_| rng.random_range(-2.0..2.0))
         .collect();
+    let mut times = Vec::new();
     let mut pass = || -> anyhow::Result<f64> {
         let started = Instant::now();
         runner.logits(&images, count)?;
@@ -89,7 +91,6 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     for _ in 0..WARM_UP {
         pass()?;
     }
-    let mut times = Vec::new();
     let started = Instant::now();
     while times.len() < WARM_UP || started.elapsed() < arguments.seconds {
         times.push(pass()?);
@@ -115,6 +116,15 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         peak_memory_mb: peak_memory_mb(),
     };
     let mut out = global.stdout();
+    if global.verbose
+        && let Some(plan) = runner.plan()
+    {
+        let passes = (times.len() + WARM_UP) as f64;
+        for (name, kind, time) in plan.timings() {
+            let ms = time.as_secs_f64() * 1e3 / passes;
+            complain(&format!("{ms:8.3} ms  {kind:15} {name}"));
+        }
+    }
     match arguments.format {
         Format::Json => writeln!(out, "{}", serde_json::to_string(&report)?)?,
         Format::Text => {

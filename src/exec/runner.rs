@@ -44,6 +44,14 @@ impl Runner {
         Ok(Self { engine, size })
     }
 
+    /// The plan, on the CPU.
+    pub fn plan(&self) -> Option<&Plan> {
+        match &self.engine {
+            Engine::Cpu(plan) => Some(plan),
+            Engine::Device(..) => None,
+        }
+    }
+
     /// Logits `[count, classes]` of images `[count, H, W, 3]`.
     ///
     /// # Errors
@@ -52,7 +60,7 @@ impl Runner {
         match &mut self.engine {
             Engine::Cpu(plan) => {
                 plan.run(images, count);
-                Ok(plan.output(0, count))
+                Ok(plan.output(0).to_vec())
             }
             Engine::Device(eager, device) => {
                 let [h, w] = self.size;

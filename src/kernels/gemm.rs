@@ -13,6 +13,7 @@ use pulp::{Simd, WithSimd};
 
 use super::elementwise;
 use super::isa::{Isa, load, store};
+use super::memory::{Block, Slab};
 use super::{Source, Target, Window};
 use crate::graph::Activation;
 
@@ -21,9 +22,14 @@ pub struct Packed {
     isa: Isa,
     panels: Vec<Panel>,
     /// All panels' values.
-    values: Vec<f32>,
+    values: Values,
     /// Rows: the depth of the product.
     depth: usize,
+}
+
+enum Values {
+    Own(Vec<f32>),
+    Shared(Block),
 }
 
 /// A block of columns.
@@ -46,29 +52,41 @@ impl Packed {
         columns: usize,
         value: impl Fn(usize, usize) -> f32,
     ) -> Self {
-        let mut packed = Self {
-            isa,
-            panels: panels(columns, depth, isa.lanes()),
-            values: Vec::new(),
-            depth,
-        };
-        packed.fill(value);
-        packed
-    }
-
-    /// Packs other values of the same shape into the same memory.
-    fn fill(&mut self, value: impl Fn(usize, usize) -> f32) {
-        let lanes = self.isa.lanes();
-        self.values.clear();
-        for panel in &self.panels {
+        let lanes = isa.lanes();
+        let panels = panels(columns, depth, lanes);
+        let mut values = Vec::new();
+        for panel in &panels {
             let width = panel.vectors * lanes;
-            for row in 0..self.depth {
+            for row in 0..depth {
                 let columns = panel.start..panel.start + panel.columns;
-                self.values.extend(columns.map(|column| value(row, column)));
-                self.values
-                    .resize(self.values.len() + width - panel.columns, 0.0);
+                values.extend(columns.map(|column| value(row, column)));
+                values.resize(values.len() + width - panel.columns, 0.0);
             }
         }
+        Self {
+            isa,
+            panels,
+            values: Values::Own(values),
+            depth,
+        }
+    }
+
+    /// The same in memory of the slab.
+    pub fn stored_in(self, slab: &mut Slab) -> Self {
+        let values = Values::Shared(slab.store(self.values()));
+        Self { values, ..self }
+    }
+
+    fn values(&self) -> &[f32] {
+        match &self.values {
+            Values::Own(values) => values,
+            Values::Shared(block) => block,
+        }
+    }
+
+    /// Rows of the right side.
+    pub fn depth(&self) -> usize {
+        self.depth
     }
 
     /// Number of panels: the product can be shared by them.
@@ -283,7 +301,7 @@ impl Product<'_> {
         let mut sums = [[simd.splat_f32s(0.0); NV]; MR];
         // SAFETY: the contract of `gemm`; the panel holds depth x NV vectors.
         unsafe {
-            let mut weights = self.packed.values.as_ptr().add(panel.offset);
+            let mut weights = self.packed.values().as_ptr().add(panel.offset);
             let inputs = self.rows.inputs.as_ptr().add(row);
             for &tap in self.taps {
                 let mut pixels = [std::ptr::null::<f32>(); MR];

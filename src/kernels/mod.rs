@@ -24,6 +24,7 @@ pub mod depthwise;
 pub mod elementwise;
 pub mod gemm;
 mod isa;
+pub mod memory;
 pub mod norm;
 pub mod pool;
 pub mod resample;

@@ -13,6 +13,7 @@ use pulp::{Simd, WithSimd};
 
 use super::gemm::{Epilogue, Packed, Rows, gemm};
 use super::isa::{Isa, load, store};
+use super::memory::Slab;
 use super::{Border, Dims, Source, Target, elementwise};
 
 /// A convolution with transformed weights.
@@ -83,6 +84,16 @@ impl Winograd {
             outputs,
             weights,
         }
+    }
+
+    /// The same with its weights in memory of the slab.
+    pub fn stored_in(mut self, slab: &mut Slab) -> Self {
+        self.weights = self
+            .weights
+            .into_iter()
+            .map(|w| w.stored_in(slab))
+            .collect();
+        self
     }
 
     /// Whether channels fill whole vectors.

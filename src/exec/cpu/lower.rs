@@ -10,6 +10,7 @@ use crate::exec::params::fetch;
 use crate::graph::{Activation, Conv2d, Graph, Node, NodeId, Op, Padding, Pool2d, Shape};
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::Packed;
+use crate::kernels::memory::Slab;
 use crate::kernels::pool::Reduction;
 use crate::kernels::winograd::Winograd;
 use crate::kernels::{Dims, Layout, Window, resample};
@@ -21,6 +22,8 @@ pub(super) struct Lowered {
     pub layouts: Vec<Layout>,
     /// By value: the value whose memory it is, itself as a rule.
     pub memory_of: Vec<ValueId>,
+    /// Packed weights, in values.
+    pub weights: usize,
     pub input: ValueId,
     pub outputs: Vec<(ValueId, Dims)>,
 }
@@ -52,9 +55,12 @@ pub(super) fn lower(
         steps: Vec::new(),
         layouts: Vec::new(),
         memory_of: Vec::new(),
+        current: graph.input(),
+        slab: Slab::default(),
     };
     for id in graph.ids() {
         if !lowering.fused[id.index()] {
+            lowering.current = id;
             lowering.node(id)?;
         }
     }
@@ -90,6 +96,10 @@ struct Lowering<'a> {
     layouts: Vec<Layout>,
     /// By value: the value whose memory it is, itself as a rule.
     memory_of: Vec<ValueId>,
+    /// The node that steps are made for.
+    current: NodeId,
+    /// Where weights are kept.
+    slab: Slab,
 }
 
 /// What follows a convolution and becomes part of it.
@@ -291,7 +301,7 @@ impl Lowering<'_> {
         } else if let Some(tile) = self.winograd_tile(c, &window) {
             source = self.materialize(source);
             let channels = [c.out_channels, c.in_channels];
-            let conv = Winograd::new(isa, tile, channels, weight, scale);
+            let conv = Winograd::new(isa, tile, channels, weight, scale).stored_in(&mut self.slab);
             border = conv.border(output_dims);
             Kind::Winograd { conv, store }
         } else {
@@ -303,6 +313,7 @@ impl Lowering<'_> {
                     let o = group * outs + column;
                     (f64::from(weight[(o * ins + i) * kh * kw + tap]) * scale[o]) as f32
                 })
+                .stored_in(&mut self.slab)
             });
             Kind::Conv {
                 window,
@@ -350,7 +361,7 @@ impl Lowering<'_> {
     }
 
     /// The convolution that a linear layer `[outputs, inputs]` is.
-    fn pointwise(&self, weight: &[f32], inputs: usize, scale: &[f64], store: Store) -> Kind {
+    fn pointwise(&mut self, weight: &[f32], inputs: usize, scale: &[f64], store: Store) -> Kind {
         let value = |i: usize, o: usize| (f64::from(weight[o * inputs + i]) * scale[o]) as f32;
         let window = Window {
             kernel: [1, 1],
@@ -359,7 +370,9 @@ impl Lowering<'_> {
         };
         Kind::Conv {
             window,
-            groups: vec![Packed::new(self.options.isa, inputs, scale.len(), value)],
+            groups: vec![
+                Packed::new(self.options.isa, inputs, scale.len(), value).stored_in(&mut self.slab),
+            ],
             store,
         }
     }
@@ -454,6 +467,7 @@ impl Lowering<'_> {
 
     fn push(&mut self, kind: Kind, inputs: Vec<View>, output: ValueId) {
         self.steps.push(Step {
+            name: self.graph.node(self.current).name.clone(),
             kind,
             isa: self.options.isa,
             inputs,
@@ -498,6 +512,7 @@ impl Lowering<'_> {
             lifetimes,
             layouts: self.layouts,
             memory_of: self.memory_of,
+            weights: self.slab.stored(),
             input: input.value,
             outputs,
         }

@@ -17,11 +17,14 @@ mod lower;
 mod pool;
 mod step;
 
+use std::time::{Duration, Instant};
+
 use candle_nn::var_builder::VarBuilder;
 
 use crate::graph::{Graph, GraphError, NodeId};
+use crate::kernels::memory::Buffer;
 use crate::kernels::{Dims, Isa, Layout, Source, Target};
-use arena::{Buffer, Slot, ValueId};
+use arena::{Slot, ValueId};
 use pool::Pool;
 use step::Step;
 
@@ -32,11 +35,22 @@ pub struct Plan {
     layouts: Vec<Layout>,
     input: ValueId,
     outputs: Vec<(ValueId, Dims)>,
+    /// By output.
+    results: Vec<Vec<f32>>,
+    /// Larger batches are run in parts of so many.
+    images_at_once: usize,
     arena: Buffer,
     /// For steps that need memory of their own.
     scratch: Buffer,
     pool: Pool,
+    /// Time spent in each step so far.
+    timings: Vec<Duration>,
 }
+
+/// A batch is run in parts whose values take about as much memory as this, or as the weights,
+/// where those are more: what one step writes should still be in the cache when the next reads
+/// it, and weights that do not fit there should be read for several images at once.
+const CACHE_VALUES: usize = (24 << 20) / size_of::<f32>();
 
 /// How a plan computes.
 #[derive(Clone, Copy, Debug)]
@@ -99,12 +113,17 @@ impl Plan {
         })?;
         let lowered = lower::lower(graph, vb, size, outputs, options)?;
         let slots = arena::place(&lowered.lifetimes);
+        let values = CACHE_VALUES.max(lowered.weights);
+        let images_at_once = (values / arena::per_image(&slots).max(1)).max(1);
         Ok(Self {
+            timings: vec![Duration::ZERO; lowered.steps.len()],
             steps: lowered.steps,
             slots: lowered.memory_of.iter().map(|&v| slots[v]).collect(),
             layouts: lowered.layouts,
             input: lowered.input,
+            results: vec![Vec::new(); lowered.outputs.len()],
             outputs: lowered.outputs,
+            images_at_once,
             arena: Buffer::default(),
             scratch: Buffer::default(),
             pool,
@@ -116,9 +135,20 @@ impl Plan {
     /// # Panics
     /// Where `images` has another length.
     pub fn run(&mut self, images: &[f32], count: usize) {
+        let per_image = self.layouts[self.input].dims.len();
+        assert_eq!(images.len(), count * per_image, "a batch of another size");
+        self.results.iter_mut().for_each(Vec::clear);
+        for part in images.chunks(per_image * self.images_at_once.min(count.max(1))) {
+            self.run_part(part, part.len() / per_image);
+            self.keep_results(part.len() / per_image);
+        }
+    }
+
+    fn run_part(&mut self, images: &[f32], count: usize) {
         self.arena.reserve(arena::per_image(&self.slots) * count);
         self.write_input(images, count);
-        for step in &self.steps {
+        for (step, timing) in self.steps.iter().zip(&mut self.timings) {
+            let started = Instant::now();
             let layout = |value: ValueId| self.layouts[value];
             let ranges: Vec<_> = step
                 .inputs
@@ -135,13 +165,13 @@ impl Plan {
                 .collect();
             let output = Target::new(output, layout(step.output), count);
             step.run(&self.pool, &inputs, output, count, &mut self.scratch);
+            *timing += started.elapsed();
         }
     }
 
     fn write_input(&mut self, images: &[f32], count: usize) {
         let layout = self.layouts[self.input];
         let Dims { h, w, c } = layout.dims;
-        assert_eq!(images.len(), count * h * w * c, "a batch of another size");
         let values = self.arena.write(self.slots[self.input].range(count));
         let target = Target::new(values, layout, count);
         for (index, row) in images.chunks_exact(w * c).enumerate() {
@@ -155,20 +185,31 @@ impl Plan {
         }
     }
 
-    /// The value of the `index`th node asked for, `[count, H, W, C]`, after a run of `count`
-    /// images.
-    pub fn output(&self, index: usize, count: usize) -> Vec<f32> {
-        let (value, dims) = self.outputs[index];
-        let values = self.arena.read(self.slots[value].range(count));
-        let source = Source::new(values, self.layouts[value], count);
-        let mut result = Vec::with_capacity(dims.len() * count);
-        for image in 0..count {
-            for y in 0..dims.h {
-                // SAFETY: `values` is borrowed, so nobody writes it.
-                result.extend_from_slice(unsafe { source.row(image, y) });
+    /// Copies the values that were asked for out of the arena.
+    fn keep_results(&mut self, count: usize) {
+        for (&(value, dims), result) in self.outputs.iter().zip(&mut self.results) {
+            let values = self.arena.read(self.slots[value].range(count));
+            let source = Source::new(values, self.layouts[value], count);
+            for image in 0..count {
+                for y in 0..dims.h {
+                    // SAFETY: `values` is borrowed, so nobody writes it.
+                    result.extend_from_slice(unsafe { source.row(image, y) });
+                }
             }
         }
-        result
+    }
+
+    /// The value of the `index`th node asked for, `[count, H, W, C]`, for the images of the last
+    /// run.
+    pub fn output(&self, index: usize) -> &[f32] {
+        &self.results[index]
+    }
+
+    /// For every step the node that it begins with, what kind of step it is, and the time spent in
+    /// it over all runs.
+    pub fn timings(&self) -> impl Iterator<Item = (&str, &'static str, Duration)> {
+        let steps = self.steps.iter().zip(&self.timings);
+        steps.map(|(step, &time)| (step.name.as_str(), step.kind.label(), time))
     }
 
     /// Height, width and channels of the `index`th node asked for.

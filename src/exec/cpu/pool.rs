@@ -59,6 +59,11 @@ impl Pool {
         Ok(pool)
     }
 
+    /// How many threads work, the caller's included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
     /// Runs `task` for every index below `count` and waits for all of them.
     ///
     /// # Panics

@@ -3,17 +3,20 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::arena::{Buffer, ValueId};
+use super::arena::ValueId;
 use super::pool::Pool;
 use crate::graph::Activation;
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::{Epilogue, Packed, Rows, gemm};
+use crate::kernels::memory::Buffer;
 use crate::kernels::pool::{Reduction, global_average, pool};
 use crate::kernels::winograd::{self, Winograd};
 use crate::kernels::{Dims, Isa, Source, Target, Window, attention, elementwise, norm};
 
 /// One operation on values of the arena.
 pub(super) struct Step {
+    /// The node whose value it gives.
+    pub name: String,
     pub kind: Kind,
     pub isa: Isa,
     /// What the kind says that it reads, in order.
@@ -118,6 +121,30 @@ impl Store {
         Epilogue {
             bias: &self.bias,
             activation: self.activation,
+        }
+    }
+}
+
+impl Kind {
+    /// What it is, for a list of timings.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Kind::Conv { .. } => "product",
+            Kind::Winograd { .. } => "winograd",
+            Kind::Depthwise { .. } => "depthwise",
+            Kind::ScaleShift { .. } => "scale and shift",
+            Kind::Activation(_) => "activation",
+            Kind::Add => "add",
+            Kind::Multiply => "multiply",
+            Kind::Concat { .. } => "concat",
+            Kind::ChannelShuffle { .. } => "channel shuffle",
+            Kind::Pool { .. } => "pool",
+            Kind::GlobalAvgPool => "global pool",
+            Kind::ClassToken { .. } => "class token",
+            Kind::AddConstant { .. } => "positions",
+            Kind::LayerNorm { .. } => "layer norm",
+            Kind::Attention { .. } => "attention",
+            Kind::SelectToken { .. } => "select token",
         }
     }
 }
@@ -325,15 +352,10 @@ impl Run<'_> {
             let columns = |ky: usize| (0..kw).map(move |kx| ky * row + kx * layout.dims.c);
             (0..kh).flat_map(columns).collect()
         };
-        let depth = kh * kw * ins;
         let pixels = count * output.layout.dims.pixels();
-        let tile = 2 * Packed::TILE_ROWS;
-        let block = (BLOCK_VALUES / depth / tile * tile).clamp(2 * tile, 20 * tile);
-        let blocks = pixels.div_ceil(block);
         let panels = groups[0].panel_count();
-        let parts = (TASKS.div_ceil(blocks * groups.len())).min(panels);
-        let part = panels.div_ceil(parts);
-        let parts = panels.div_ceil(part);
+        let (block, part) = self.division(pixels, panels, groups.len(), groups[0].depth());
+        let (blocks, parts) = (pixels.div_ceil(block), panels.div_ceil(part));
         self.tasks(blocks * groups.len() * parts, |task| {
             let (block_index, rest) =
                 (task / (groups.len() * parts), task % (groups.len() * parts));
@@ -356,6 +378,32 @@ impl Run<'_> {
                 }
             });
         });
+    }
+
+    /// How a product of so many rows and panels is shared: rows of a block, and panels of a part.
+    ///
+    /// Of a few divisions with blocks that the cache holds, the one that is estimated to end
+    /// first; an estimate is the time of the thread with the most tasks.
+    fn division(&self, rows: usize, panels: usize, groups: usize, depth: usize) -> (usize, usize) {
+        const TILE: usize = Packed::TILE_ROWS;
+        // Of a task, in products of a row and a panel's column of vectors.
+        const OVERHEAD: usize = 4_000;
+        let threads = self.threads.threads();
+        let most = (BLOCK_VALUES / depth).clamp(4 * TILE, 40 * TILE);
+        let fewest_blocks = rows.div_ceil(most);
+        let mut best = (usize::MAX, (rows, panels));
+        for blocks in fewest_blocks..fewest_blocks + 2 * threads {
+            let block = rows.div_ceil(blocks).next_multiple_of(TILE);
+            let blocks = rows.div_ceil(block);
+            for parts in 1..=panels.min(4 * threads) {
+                let part = panels.div_ceil(parts);
+                let tasks = blocks * panels.div_ceil(part) * groups;
+                let task = block.min(rows).next_multiple_of(TILE) * part * depth;
+                let time = tasks.div_ceil(threads) * (task + OVERHEAD);
+                best = best.min((time, (block, part)));
+            }
+        }
+        best.1
     }
 
     fn winograd(&self, conv: &Winograd, store: &Store, scratch: &mut Buffer) {

@@ -1,0 +1,203 @@
+//! Memory in large pages, where the system has them: a network's weights and values are read from
+//! end to end, and each large page spares hundreds of look-ups of addresses.
+
+use std::ops::{Deref, Range};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// A block of zeroed memory that grows, in large pages where the system has them.
+#[derive(Default)]
+pub struct Buffer {
+    block: Option<(NonNull<f32>, std::alloc::Layout)>,
+    len: usize,
+}
+
+// SAFETY: the block is owned, like a vector's.
+unsafe impl Send for Buffer {}
+unsafe impl Sync for Buffer {}
+
+/// Large pages begin at multiples of this, and blocks of at least as much do too.
+const LARGE_PAGE: usize = 2 << 20;
+
+impl Buffer {
+    /// Makes room for `len` values; what the buffer held is lost where it grows.
+    pub fn reserve(&mut self, len: usize) {
+        if self.len >= len {
+            return;
+        }
+        self.free();
+        let bytes = len
+            .checked_mul(size_of::<f32>())
+            .expect("a batch that memory can hold");
+        let alignment = if bytes >= LARGE_PAGE { LARGE_PAGE } else { 64 };
+        let layout = std::alloc::Layout::from_size_align(bytes, alignment)
+            .expect("a batch that memory can hold")
+            .pad_to_align();
+        // SAFETY: the layout is not empty, since `len` is above the length so far.
+        let Some(block) = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }) else {
+            std::alloc::handle_alloc_error(layout);
+        };
+        use_large_pages(block, layout.size());
+        self.block = Some((block.cast(), layout));
+        self.len = len;
+    }
+
+    fn free(&mut self) {
+        self.len = 0;
+        if let Some((block, layout)) = self.block.take() {
+            // SAFETY: allocated with this layout, and no borrow of it is left.
+            unsafe { std::alloc::dealloc(block.as_ptr().cast(), layout) };
+        }
+    }
+
+    fn pointer(&self) -> *mut f32 {
+        self.block
+            .map_or(NonNull::dangling(), |(block, _)| block)
+            .as_ptr()
+    }
+
+    pub fn read(&self, range: Range<usize>) -> &[f32] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: inside the block, which is initialised with zeros.
+        unsafe { std::slice::from_raw_parts(self.pointer().add(range.start), range.len()) }
+    }
+
+    pub fn write(&mut self, range: Range<usize>) -> &mut [f32] {
+        self.split(range, &[]).0
+    }
+
+    /// One range to write and several to read at the same time.
+    ///
+    /// # Panics
+    /// Where the range to write overlaps one to read, or one lies outside the buffer.
+    pub fn split(
+        &mut self,
+        output: Range<usize>,
+        inputs: &[Range<usize>],
+    ) -> (&mut [f32], Vec<&[f32]>) {
+        assert!(output.start <= output.end && output.end <= self.len);
+        for input in inputs {
+            assert!(
+                input.end <= output.start || output.end <= input.start,
+                "a step reads what it writes"
+            );
+        }
+        let base = self.pointer();
+        // SAFETY: all ranges lie inside the block (those to read are checked by `read`); the one
+        // that is written overlaps none that is read, and `self` stays borrowed mutably as long
+        // as the slices live.
+        unsafe {
+            let this = &*std::ptr::from_mut(self);
+            let inputs = inputs
+                .iter()
+                .map(|range| this.read(range.clone()))
+                .collect();
+            let output = std::slice::from_raw_parts_mut(base.add(output.start), output.len());
+            (output, inputs)
+        }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        self.free();
+    }
+}
+
+/// Asks for large pages: fewer misses of the address cache. Worth asking only.
+#[cfg(target_os = "linux")]
+fn use_large_pages(block: NonNull<u8>, len: usize) {
+    if len >= LARGE_PAGE {
+        // SAFETY: the range is a block of our own; the advice changes no value in it.
+        unsafe { libc::madvise(block.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn use_large_pages(_: NonNull<u8>, _: usize) {}
+
+/// Hands out blocks of a few large allocations, for values that are written once.
+#[derive(Default)]
+pub struct Slab {
+    chunk: Option<Arc<Buffer>>,
+    /// Of the chunk.
+    used: usize,
+    /// In all blocks.
+    stored: usize,
+}
+
+/// A block of a [`Slab`], which stays as long as it is used.
+pub struct Block {
+    chunk: Arc<Buffer>,
+    range: Range<usize>,
+}
+
+/// Values of a chunk, unless a block is larger.
+const CHUNK: usize = 4 * LARGE_PAGE / size_of::<f32>();
+
+impl Slab {
+    /// Values in all blocks so far.
+    pub fn stored(&self) -> usize {
+        self.stored
+    }
+
+    /// A block that holds these values.
+    pub fn store(&mut self, values: &[f32]) -> Block {
+        // Blocks begin at cache lines.
+        let start = self.used.next_multiple_of(64 / size_of::<f32>());
+        let chunk = match &self.chunk {
+            Some(chunk) if start + values.len() <= chunk.len => {
+                self.used = start;
+                chunk.clone()
+            }
+            _ => {
+                let mut chunk = Buffer::default();
+                chunk.reserve(values.len().max(CHUNK));
+                self.used = 0;
+                self.chunk.insert(Arc::new(chunk)).clone()
+            }
+        };
+        let range = self.used..self.used + values.len();
+        self.used = range.end;
+        self.stored += values.len();
+        // SAFETY: the range lies inside the chunk, and was part of no block before.
+        unsafe {
+            let to = chunk.pointer().add(range.start);
+            to.copy_from_nonoverlapping(values.as_ptr(), values.len());
+        }
+        Block { chunk, range }
+    }
+}
+
+impl Deref for Block {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        self.chunk.read(self.range.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_keep_their_values() {
+        let mut slab = Slab::default();
+        let values = |i: usize| vec![i as f32; i * i * 1000 + 1];
+        let blocks: Vec<Block> = (0..40).map(|i| slab.store(&values(i))).collect();
+        drop(slab);
+        for (i, block) in blocks.iter().enumerate() {
+            assert!(**block == values(i)[..], "block {i}");
+            assert_eq!(block.as_ptr().addr() % 64, 0);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "a step reads what it writes")]
+    fn a_split_refuses_ranges_that_overlap() {
+        let mut arena = Buffer::default();
+        arena.reserve(10);
+        arena.split(0..5, &[5..8, 4..6]);
+    }
+}
