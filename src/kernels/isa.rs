@@ -33,6 +33,22 @@ impl Isa {
         self.arch.dispatch(op)
     }
 
+    /// Whether kernels may use AVX2 and FMA by name.
+    pub(super) fn has_avx2(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.avx2().is_some();
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn avx2(self) -> Option<pulp::x86::V3> {
+        match self.arch {
+            Arch::Scalar => None,
+            _ => pulp::x86::V3::try_new(),
+        }
+    }
+
     /// Values in a vector.
     pub fn lanes(self) -> usize {
         struct Lanes;

@@ -23,6 +23,7 @@ pub mod attention;
 pub mod depthwise;
 pub mod elementwise;
 pub mod gemm;
+pub mod grouped;
 mod isa;
 pub mod memory;
 pub mod norm;

@@ -5,6 +5,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::depthwise::Depthwise;
 use super::gemm::{Epilogue, Packed, Rows, gemm};
+use super::grouped::{GROUP, Grouped};
 use super::pool::{Reduction, global_average, pool};
 use super::winograd::{Scratch, Winograd};
 use super::{Border, Dims, Isa, Layout, Source, Target, Window, attention, elementwise, norm};
@@ -332,6 +333,42 @@ fn depthwise_convolutions_equal_a_plain_loop() {
                 .map(|i| case.weight[i % channels * area + i / channels])
                 .collect(),
         };
+        let needed = case.window.border(case.input, case.output);
+        let (input, mut output, residual) = case.batches(&mut rng, needed);
+        let cut = rng.random_range(0..=case.output.h);
+        let target = output.target();
+        for image in 0..case.count {
+            for rows in [0..cut, cut..case.output.h] {
+                // SAFETY: the batches hold what the case says, and are this test's own.
+                unsafe {
+                    let residual = residual.as_ref().map(Batch::source);
+                    let (source, residual) = (input.source(), residual.as_ref());
+                    conv.rows(&source, &target, residual, case.epilogue(), image, rows);
+                }
+            }
+        }
+        case.check(&output, 1e-5, &format!("case {number}"));
+    }
+}
+
+#[test]
+fn groups_of_four_equal_a_plain_loop() {
+    let mut rng = ChaCha8Rng::seed_from_u64(8);
+    let isa = Isa::detect();
+    for number in 0..200 {
+        let shape = Case::random(&mut rng, number);
+        let groups = 2 * rng.random_range(1..=5);
+        if !Grouped::fits(isa, groups * GROUP, groups) {
+            continue; // another machine than x86 with AVX2
+        }
+        let after = [0, 1].map(|i| rng.random_range(0..shape.window.kernel[i]));
+        let size = [0, 1].map(|i: usize| shape.window.kernel[i] + rng.random_range(0..16));
+        let channels = [groups, GROUP, GROUP];
+        let case = Case::new(&mut rng, number, shape.window, size, after, channels);
+        let area = case.window.kernel[0] * case.window.kernel[1];
+        let conv = Grouped::new(isa, case.window, groups * GROUP, |o, i, tap| {
+            case.weight[(o * GROUP + i) * area + tap]
+        });
         let needed = case.window.border(case.input, case.output);
         let (input, mut output, residual) = case.batches(&mut rng, needed);
         let cut = rng.random_range(0..=case.output.h);

@@ -10,6 +10,7 @@ use crate::exec::params::fetch;
 use crate::graph::{Activation, Conv2d, Graph, Node, NodeId, Op, Padding, Pool2d, Shape};
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::Packed;
+use crate::kernels::grouped::{GROUP, Grouped};
 use crate::kernels::memory::Slab;
 use crate::kernels::pool::Reduction;
 use crate::kernels::winograd::Winograd;
@@ -298,6 +299,13 @@ impl Lowering<'_> {
                 weights: (0..area * channels).map(value).collect(),
             };
             Kind::Depthwise { conv, store }
+        } else if c.in_channels == c.out_channels && Grouped::fits(isa, c.in_channels, c.groups) {
+            source = self.materialize(source);
+            border = window.border(input_dims, output_dims);
+            let conv = Grouped::new(isa, window, c.in_channels, |o, i, tap| {
+                (f64::from(weight[(o * GROUP + i) * kh * kw + tap]) * scale[o]) as f32
+            });
+            Kind::Grouped { conv, store }
         } else if let Some(tile) = self.winograd_tile(c, &window) {
             source = self.materialize(source);
             let channels = [c.out_channels, c.in_channels];

@@ -8,6 +8,7 @@ use super::pool::Pool;
 use crate::graph::Activation;
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::{Epilogue, Packed, Rows, gemm};
+use crate::kernels::grouped::Grouped;
 use crate::kernels::memory::Buffer;
 use crate::kernels::pool::{Reduction, global_average, pool};
 use crate::kernels::winograd::{self, Winograd};
@@ -53,6 +54,11 @@ pub(super) enum Kind {
     },
     Depthwise {
         conv: Depthwise,
+        store: Store,
+    },
+    /// Groups of four channels.
+    Grouped {
+        conv: Grouped,
         store: Store,
     },
     /// A batch norm that follows no convolution.
@@ -132,6 +138,7 @@ impl Kind {
             Kind::Conv { .. } => "product",
             Kind::Winograd { .. } => "winograd",
             Kind::Depthwise { .. } => "depthwise",
+            Kind::Grouped { .. } => "grouped",
             Kind::ScaleShift { .. } => "scale and shift",
             Kind::Activation(_) => "activation",
             Kind::Add => "add",
@@ -180,6 +187,13 @@ impl Step {
             } => run.convolution(window, groups, store),
             Kind::Winograd { conv, store } => run.winograd(conv, store, scratch),
             Kind::Depthwise { conv, store } => run.for_row_blocks(|image, rows| {
+                // SAFETY: see above.
+                unsafe {
+                    let residual = inputs.get(1);
+                    conv.rows(&inputs[0], &output, residual, store.epilogue(), image, rows);
+                }
+            }),
+            Kind::Grouped { conv, store } => run.for_row_blocks(|image, rows| {
                 // SAFETY: see above.
                 unsafe {
                     let residual = inputs.get(1);
