@@ -11,6 +11,7 @@ use sconce::cli::{self, Cli};
 const FAILURE: u8 = 2;
 
 fn main() -> ExitCode {
+    sconce::kernels::memory::keep_freed_memory();
     quiet_decoders();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

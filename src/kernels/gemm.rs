@@ -180,24 +180,29 @@ impl Rows {
         let dims = output.layout.dims;
         let (mut image, rest) = (pixels.start / dims.pixels(), pixels.start % dims.pixels());
         let (mut y, mut x) = (rest / dims.w, rest % dims.w);
-        for _ in pixels {
-            let place = output.layout.offset(y, x) + column;
-            // SAFETY: the pixel is one of the batches', as the caller promises.
+        let mut left = pixels.len();
+        while left > 0 {
+            // As many pixels as the row has: they follow each other at equal distances.
+            let count = left.min(dims.w - x);
+            // SAFETY: the pixels are the batches', as the caller promises.
             unsafe {
                 let from = window.offset(&input.layout, y, x) + channel;
-                let residual = residual.map(|r| r.image(image).add(r.layout.offset(y, x) + column));
-                self.push(
-                    input.image(image).add(from),
-                    output.image(image).add(place),
-                    residual,
-                );
-            }
-            x += 1;
-            if x == dims.w {
-                (x, y) = (0, y + 1);
-                if y == dims.h {
-                    (y, image) = (0, image + 1);
+                let from = input.image(image).add(from);
+                let step = window.stride * input.layout.dims.c;
+                self.inputs.extend((0..count).map(|i| from.add(i * step)));
+                let to = output.layout.offset(y, x) + column;
+                let to = output.image(image).add(to);
+                self.outputs.extend((0..count).map(|i| to.add(i * dims.c)));
+                if let Some(residual) = residual {
+                    let other = residual.layout.offset(y, x) + column;
+                    let other = residual.image(image).add(other);
+                    self.residuals.extend((0..count).map(|i| other.add(i * dims.c)));
                 }
+            }
+            left -= count;
+            (x, y) = (0, y + 1);
+            if y == dims.h {
+                (y, image) = (0, image + 1);
             }
         }
     }

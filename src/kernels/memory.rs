@@ -20,11 +20,17 @@ unsafe impl Sync for Buffer {}
 const LARGE_PAGE: usize = 2 << 20;
 
 impl Buffer {
-    /// Makes room for `len` values; what the buffer held is lost where it grows.
+    /// Makes room for `len` values, zeros; what the buffer held is lost where it grows.
     pub fn reserve(&mut self, len: usize) {
-        if self.len >= len {
-            return;
+        if self.len < len {
+            self.allocate(len);
+            // SAFETY: the block has so many values, and all zero bits are one.
+            unsafe { self.pointer().write_bytes(0, len) };
         }
+    }
+
+    /// A new block of `len` values that are not initialised.
+    fn allocate(&mut self, len: usize) {
         self.free();
         let bytes = len
             .checked_mul(size_of::<f32>())
@@ -33,8 +39,9 @@ impl Buffer {
         let layout = std::alloc::Layout::from_size_align(bytes, alignment)
             .expect("a batch that memory can hold")
             .pad_to_align();
-        // SAFETY: the layout is not empty, since `len` is above the length so far.
-        let Some(block) = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }) else {
+        // SAFETY: the layout is not empty, since `len` is above the length so far. Zeroed memory
+        // would be touched here, before large pages are asked for.
+        let Some(block) = NonNull::new(unsafe { std::alloc::alloc(layout) }) else {
             std::alloc::handle_alloc_error(layout);
         };
         use_large_pages(block, layout.size());
@@ -58,7 +65,8 @@ impl Buffer {
 
     pub fn read(&self, range: Range<usize>) -> &[f32] {
         assert!(range.start <= range.end && range.end <= self.len);
-        // SAFETY: inside the block, which is initialised with zeros.
+        // SAFETY: inside the block, where values have been written: zeros by `reserve`, or a
+        // slab's block by `store`.
         unsafe { std::slice::from_raw_parts(self.pointer().add(range.start), range.len()) }
     }
 
@@ -116,6 +124,21 @@ fn use_large_pages(block: NonNull<u8>, len: usize) {
 #[cfg(not(target_os = "linux"))]
 fn use_large_pages(_: NonNull<u8>, _: usize) {}
 
+/// Lets the allocator keep what is freed instead of handing it back to the system: while a network
+/// is loaded, each large vector would else be mapped, touched and unmapped anew.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+pub fn keep_freed_memory() {
+    const LARGEST: libc::c_int = 1 << 30;
+    // SAFETY: settings of the allocator, which takes them at any time.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGEST);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, LARGEST);
+    }
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+pub fn keep_freed_memory() {}
+
 /// Hands out blocks of a few large allocations, for values that are written once.
 #[derive(Default)]
 pub struct Slab {
@@ -152,7 +175,7 @@ impl Slab {
             }
             _ => {
                 let mut chunk = Buffer::default();
-                chunk.reserve(values.len().max(CHUNK));
+                chunk.allocate(values.len().max(CHUNK));
                 self.used = 0;
                 self.chunk.insert(Arc::new(chunk)).clone()
             }

@@ -174,15 +174,22 @@ impl Plan {
         let Dims { h, w, c } = layout.dims;
         let values = self.arena.write(self.slots[self.input].range(count));
         let target = Target::new(values, layout, count);
-        for (index, row) in images.chunks_exact(w * c).enumerate() {
-            // SAFETY: `values` is borrowed for these writes alone.
+        const ROWS: usize = 16;
+        let blocks = h.div_ceil(ROWS);
+        self.pool.run(count * blocks, |task| {
+            let (image, start) = (task / blocks, task % blocks * ROWS);
+            // SAFETY: `values` is borrowed for these writes alone; each task writes its own rows,
+            // and the first of an image its border.
             unsafe {
-                if index % h == 0 {
-                    target.clear_border(index / h);
+                if start == 0 {
+                    target.clear_border(image);
                 }
-                target.row(index / h, index % h).copy_from_slice(row);
+                for y in start..(start + ROWS).min(h) {
+                    let from = (image * h + y) * w * c;
+                    target.row(image, y).copy_from_slice(&images[from..from + w * c]);
+                }
             }
-        }
+        });
     }
 
     /// Copies the values that were asked for out of the arena.
