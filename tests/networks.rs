@@ -150,7 +150,7 @@ fn check(row: &ModelRow) {
             plan.run(&nhwc[..height * width * 3], 1);
             assert_eq!(
                 plan.output(0),
-                batched[..classes],
+                &batched[..classes],
                 "{}: an image's logits depend on its batch",
                 row.name
             );

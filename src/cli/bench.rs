@@ -2,12 +2,12 @@ use std::io::Write;
 use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use super::{Global, Outcome, complain};
+use super::{Global, Outcome, ReportFormat, complain};
 use crate::weights::{ModelError, Request, WeightsChoice, resolve};
 
 /// Time forward passes on random input
@@ -27,14 +27,8 @@ pub struct Arguments {
     #[arg(long, value_name = "N")]
     image_size: Option<NonZeroUsize>,
     /// How to print
-    #[arg(long, value_enum, default_value_t = Format::Text)]
-    format: Format,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Format {
-    Text,
-    Json,
+    #[arg(long, value_enum, default_value_t = ReportFormat::Text)]
+    format: ReportFormat,
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -126,8 +120,8 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         }
     }
     match arguments.format {
-        Format::Json => writeln!(out, "{}", serde_json::to_string(&report)?)?,
-        Format::Text => {
+        ReportFormat::Json => writeln!(out, "{}", serde_json::to_string(&report)?)?,
+        ReportFormat::Text => {
             writeln!(
                 out,
                 "{}, {size} x {size}, batch {count}, {} threads: median {median_ms:.2} ms, fastest {:.2} ms, {:.1} images a second",

@@ -94,6 +94,13 @@ enum Color {
     Never,
 }
 
+/// `--format` of commands that print one report.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ReportFormat {
+    Text,
+    Json,
+}
+
 /// How a command ended that could do its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {

@@ -1,8 +1,8 @@
 use std::io::Write;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
-use super::{Global, Outcome};
+use super::{Global, Outcome, ReportFormat};
 use crate::models::registry::{self, IMAGENET_CLASSES};
 use crate::report;
 use crate::weights::ModelError;
@@ -18,14 +18,8 @@ pub struct Arguments {
     #[arg(value_name = "NAME")]
     name: Option<String>,
     /// How to print
-    #[arg(long, value_enum, default_value_t = Format::Text)]
-    format: Format,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Format {
-    Text,
-    Json,
+    #[arg(long, value_enum, default_value_t = ReportFormat::Text)]
+    format: ReportFormat,
 }
 
 pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
@@ -36,14 +30,14 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         let size = choice.preprocessing().crop;
         let layers = report::layers(&graph, size)?;
         match arguments.format {
-            Format::Text => report::write_layers(choice.row.name, &layers, size, &mut out)?,
-            Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&layers)?)?,
+            ReportFormat::Text => report::write_layers(choice.row.name, &layers, size, &mut out)?,
+            ReportFormat::Json => writeln!(out, "{}", serde_json::to_string_pretty(&layers)?)?,
         }
     } else {
         let models = report::list()?;
         match arguments.format {
-            Format::Text => report::write_table(&models, &mut out)?,
-            Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&models)?)?,
+            ReportFormat::Text => report::write_table(&models, &mut out)?,
+            ReportFormat::Json => writeln!(out, "{}", serde_json::to_string_pretty(&models)?)?,
         }
     }
     Ok(Outcome::AllDone)

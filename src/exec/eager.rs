@@ -514,4 +514,38 @@ mod tests {
         network.forward(&image(1, 2)?)?;
         Ok(())
     }
+
+    #[test]
+    fn gradients_reach_every_trained_parameter() -> Result<()> {
+        let mut b = Builder::new(InitScheme::FanIn);
+        let image = b.input();
+        let x = b.conv_norm("a.0", "a.1", Conv2d::new(3, 8, 3), Norm::PYTORCH, image);
+        let pool = Pool2d {
+            kernel: 3,
+            stride: 2,
+            padding: 1,
+        };
+        let x = b.add("pool", Op::MaxPool(pool), &[x]);
+        let x = b.conv("grouped", Conv2d::new(8, 8, 3).groups(2).bias(), x);
+        let x = b.conv("depthwise", Conv2d::new(8, 8, 3).groups(8).stride(2), x);
+        let x = b.add("tokens", Op::Tokens, &[x]);
+        let x = b.add("norm", Op::LayerNorm { dim: 8, eps: 1e-6 }, &[x]);
+        let x = b.add("attention", Op::SelfAttention { dim: 8, heads: 2 }, &[x]);
+        let x = b.add("first", Op::SelectToken { index: 0 }, &[x]);
+        b.linear("head", 8, 3, x);
+        let params = Params::trainable(None, 1);
+        let network = Eager::new(b.finish(), &params.var_builder(&Device::Cpu))?;
+        let images = Tensor::randn(0f32, 1.0, (2, 3, 12, 10), &Device::Cpu)?;
+        let gradients = train(&network, &images, 0)?.sqr()?.sum_all()?.backward()?;
+        let trained = network.graph().parameters().filter(|p| !p.buffer);
+        let variables = params.variables();
+        for parameter in trained {
+            let gradient = gradients.get(&variables[&parameter.name]);
+            let gradient = gradient.unwrap_or_else(|| panic!("{} has none", parameter.name));
+            let norm = gradient.sqr()?.sum_all()?.to_scalar::<f32>()?;
+            // What softmax and batch norm take no notice of has a gradient of zero.
+            assert!(norm.is_finite(), "{}: {norm}", parameter.name);
+        }
+        Ok(())
+    }
 }

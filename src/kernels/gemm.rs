@@ -196,7 +196,8 @@ impl Rows {
                 if let Some(residual) = residual {
                     let other = residual.layout.offset(y, x) + column;
                     let other = residual.image(image).add(other);
-                    self.residuals.extend((0..count).map(|i| other.add(i * dims.c)));
+                    self.residuals
+                        .extend((0..count).map(|i| other.add(i * dims.c)));
                 }
             }
             left -= count;
@@ -237,6 +238,9 @@ pub unsafe fn gemm(
     };
     packed.isa.dispatch(product);
 }
+
+/// Values of the widest panel: three vectors of sixteen.
+const WIDEST: usize = 48;
 
 struct Product<'a> {
     packed: &'a Packed,
@@ -303,9 +307,10 @@ impl Product<'_> {
     ) {
         let lanes = S::F32_LANES;
         let run = self.packed.depth / self.taps.len();
-        let mut sums = [[simd.splat_f32s(0.0); NV]; MR];
         // SAFETY: the contract of `gemm`; the panel holds depth x NV vectors.
         unsafe {
+            let bias = self.bias::<S, NV>(simd, panel);
+            let mut sums = [bias; MR];
             let mut weights = self.packed.values().as_ptr().add(panel.offset);
             let inputs = self.rows.inputs.as_ptr().add(row);
             for &tap in self.taps {
@@ -333,7 +338,29 @@ impl Product<'_> {
         }
     }
 
-    /// Bias, residual, activation and the store of one row of a tile.
+    /// The panel's bias: what its sums begin with.
+    #[inline(always)]
+    unsafe fn bias<S: Simd, const NV: usize>(&self, simd: S, panel: &Panel) -> [S::f32s; NV] {
+        let lanes = S::F32_LANES;
+        let mut vectors = [simd.splat_f32s(0.0); NV];
+        if self.epilogue.bias.is_empty() {
+            return vectors;
+        }
+        let bias = &self.epilogue.bias[panel.start..panel.start + panel.columns];
+        let mut buffer = [0.0; WIDEST];
+        let mut from = bias.as_ptr();
+        if panel.columns < NV * lanes {
+            buffer[..bias.len()].copy_from_slice(bias);
+            from = buffer.as_ptr();
+        }
+        for (v, vector) in vectors.iter_mut().enumerate() {
+            // SAFETY: as many columns as the vectors hold, or the buffer.
+            *vector = unsafe { load::<S>(from.add(v * lanes)) };
+        }
+        vectors
+    }
+
+    /// Residual, activation and the store of one row of a tile.
     #[inline(always)]
     unsafe fn store<S: Simd, const NV: usize>(
         &self,
@@ -344,28 +371,19 @@ impl Product<'_> {
     ) {
         let lanes = S::F32_LANES;
         let whole = panel.columns == NV * lanes;
-        let bias = self.epilogue.bias;
         // SAFETY: the contract of `gemm`; a panel that is not whole goes through a buffer.
         unsafe {
             let output = (*self.rows.outputs.as_ptr().add(row)).add(panel.start);
-            // At most three vectors of sixteen values.
-            let mut buffer = [0.0; 48];
-            let mut add = |simd: S, sums: &mut [S::f32s; NV], from: *const f32| {
-                let mut from = from;
+            let mut buffer = [0.0; WIDEST];
+            if !self.rows.residuals.is_empty() {
+                let mut residual = (*self.rows.residuals.as_ptr().add(row)).add(panel.start);
                 if !whole {
-                    std::ptr::copy_nonoverlapping(from, buffer.as_mut_ptr(), panel.columns);
-                    from = buffer.as_ptr();
+                    std::ptr::copy_nonoverlapping(residual, buffer.as_mut_ptr(), panel.columns);
+                    residual = buffer.as_ptr();
                 }
                 for (v, sum) in sums.iter_mut().enumerate() {
-                    *sum = simd.add_f32s(*sum, load::<S>(from.add(v * lanes)));
+                    *sum = simd.add_f32s(*sum, load::<S>(residual.add(v * lanes)));
                 }
-            };
-            if !bias.is_empty() {
-                add(simd, &mut sums, bias.as_ptr().add(panel.start));
-            }
-            if !self.rows.residuals.is_empty() {
-                let residual = *self.rows.residuals.as_ptr().add(row);
-                add(simd, &mut sums, residual.add(panel.start));
             }
             if let Some(activation) = self.epilogue.activation {
                 for sum in &mut sums {

@@ -253,6 +253,26 @@ impl Case {
         (input, output, residual)
     }
 
+    /// Runs a kernel that computes rows in two parts, and checks what it wrote.
+    fn check_rows(
+        &self,
+        rng: &mut ChaCha8Rng,
+        number: usize,
+        rows: impl Fn(&Source, &Target, Option<&Source>, usize, std::ops::Range<usize>),
+    ) {
+        let needed = self.window.border(self.input, self.output);
+        let (input, mut output, residual) = self.batches(rng, needed);
+        let cut = rng.random_range(0..=self.output.h);
+        let target = output.target();
+        let residual = residual.as_ref().map(Batch::source);
+        for image in 0..self.count {
+            for part in [0..cut, cut..self.output.h] {
+                rows(&input.source(), &target, residual.as_ref(), image, part);
+            }
+        }
+        self.check(&output, 1e-5, &format!("case {number}"));
+    }
+
     fn check(&self, output: &Batch, tolerance: f64, what: &str) {
         let what = format!(
             "{what}: {:?} {:?} to {:?}, {} groups, {:?}",
@@ -333,21 +353,10 @@ fn depthwise_convolutions_equal_a_plain_loop() {
                 .map(|i| case.weight[i % channels * area + i / channels])
                 .collect(),
         };
-        let needed = case.window.border(case.input, case.output);
-        let (input, mut output, residual) = case.batches(&mut rng, needed);
-        let cut = rng.random_range(0..=case.output.h);
-        let target = output.target();
-        for image in 0..case.count {
-            for rows in [0..cut, cut..case.output.h] {
-                // SAFETY: the batches hold what the case says, and are this test's own.
-                unsafe {
-                    let residual = residual.as_ref().map(Batch::source);
-                    let (source, residual) = (input.source(), residual.as_ref());
-                    conv.rows(&source, &target, residual, case.epilogue(), image, rows);
-                }
-            }
-        }
-        case.check(&output, 1e-5, &format!("case {number}"));
+        case.check_rows(&mut rng, number, |input, output, residual, image, rows| {
+            // SAFETY: the batches hold what the case says, and are this test's own.
+            unsafe { conv.rows(input, output, residual, case.epilogue(), image, rows) };
+        });
     }
 }
 
@@ -369,21 +378,10 @@ fn groups_of_four_equal_a_plain_loop() {
         let conv = Grouped::new(isa, case.window, groups * GROUP, |o, i, tap| {
             case.weight[(o * GROUP + i) * area + tap]
         });
-        let needed = case.window.border(case.input, case.output);
-        let (input, mut output, residual) = case.batches(&mut rng, needed);
-        let cut = rng.random_range(0..=case.output.h);
-        let target = output.target();
-        for image in 0..case.count {
-            for rows in [0..cut, cut..case.output.h] {
-                // SAFETY: the batches hold what the case says, and are this test's own.
-                unsafe {
-                    let residual = residual.as_ref().map(Batch::source);
-                    let (source, residual) = (input.source(), residual.as_ref());
-                    conv.rows(&source, &target, residual, case.epilogue(), image, rows);
-                }
-            }
-        }
-        case.check(&output, 1e-5, &format!("case {number}"));
+        case.check_rows(&mut rng, number, |input, output, residual, image, rows| {
+            // SAFETY: the batches hold what the case says, and are this test's own.
+            unsafe { conv.rows(input, output, residual, case.epilogue(), image, rows) };
+        });
     }
 }
 

@@ -186,7 +186,9 @@ impl Plan {
                 }
                 for y in start..(start + ROWS).min(h) {
                     let from = (image * h + y) * w * c;
-                    target.row(image, y).copy_from_slice(&images[from..from + w * c]);
+                    target
+                        .row(image, y)
+                        .copy_from_slice(&images[from..from + w * c]);
                 }
             }
         });
