@@ -335,6 +335,51 @@ fn a_closed_pipe_ends_quietly() {
 }
 
 #[test]
+#[cfg(unix)]
+fn an_interrupt_ends_the_run_as_shells_expect() {
+    use std::os::unix::process::ExitStatusExt;
+
+    let mut child = with_open_input(&["--files-from", "-", "--format", "jsonl"]);
+    let mut input = child.stdin.take().unwrap();
+    writeln!(input, "assets/coffee.png").unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    assert!(line.contains("espresso"));
+    let kill = Process::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status()
+        .unwrap();
+    assert!(kill.success());
+    let status = child.wait().unwrap();
+    // A process that a signal ended: a shell reports 128 + 2.
+    assert_eq!(status.signal(), Some(2));
+}
+
+#[test]
+fn transparent_images_are_put_on_a_background_on_demand() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("clear.png");
+    let mut image = image::open(repository("assets/coffee.png"))
+        .unwrap()
+        .to_rgba8();
+    image.pixels_mut().for_each(|pixel| pixel.0[3] = 0);
+    image.save(&path).unwrap();
+    let path = path.to_str().unwrap();
+    let run = |options: &[&str]| {
+        let mut command = classify(&[path]);
+        command.args(options);
+        label(&records(&mut command)[0]).to_string()
+    };
+    // torchvision's loader drops transparency.
+    assert_eq!(run(&[]), "espresso");
+    let white = run(&["--background", "white"]);
+    assert_ne!(white, "espresso");
+    assert_eq!(white, run(&["--background", "#fff"]));
+}
+
+#[test]
 fn exit_codes_tell_all_some_and_nothing() {
     classify(&["assets/coffee.png"]).assert().code(0);
     classify(&["assets/coffee.png", "missing.png"])

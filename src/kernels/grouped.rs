@@ -2,7 +2,7 @@
 //! fill a vector of a product's columns, so two groups share one.
 //!
 //! A vector holds eight channels of a pixel, two groups. Output channel o of a group is the sum
-//! over its four inputs i of in[i] · w[o][i]: each input is spread over its group's half of a
+//! over its four inputs i of `in[i] · w[o][i]`: each input is spread over its group's half of a
 //! vector, and one multiplication serves both groups. On x86 only; elsewhere groups are products.
 
 use std::ops::Range;
