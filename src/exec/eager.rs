@@ -14,6 +14,7 @@ use candle_nn::var_builder::VarBuilder;
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
+use super::Variables;
 use super::params::fetch;
 use crate::graph::{Activation, Conv2d, Graph, NodeId, Op, Padding, Pool2d};
 use crate::kernels::resample;
@@ -23,6 +24,8 @@ pub struct Eager {
     graph: Graph,
     /// Each node's parameters, in the order of [`crate::graph::Node::parameters`].
     parameters: Vec<Vec<Tensor>>,
+    /// Nodes that are in evaluation mode always: batch norms on their stored statistics.
+    fixed: Vec<bool>,
 }
 
 /// What distinguishes training from evaluation.
@@ -69,7 +72,42 @@ impl Eager {
             .iter()
             .map(|node| node.parameters.iter().map(|p| fetch(vb, p)).collect())
             .collect::<Result<_>>()?;
-        Ok(Self { graph, parameters })
+        let fixed = vec![false; graph.nodes().len()];
+        Ok(Self {
+            graph,
+            parameters,
+            fixed,
+        })
+    }
+
+    /// The network over variables that are being trained; batch norms whose statistics are not
+    /// among them stay on the stored ones in every mode.
+    ///
+    /// # Errors
+    /// Where `variables` are those of another graph.
+    pub fn in_training(graph: Graph, variables: &Variables) -> Result<Self> {
+        let tensor = |name: &String| {
+            let tensor = variables.tensors().get(name).cloned();
+            tensor.ok_or_else(|| candle_core::Error::CannotFindTensor { path: name.clone() })
+        };
+        let parameters = graph
+            .nodes()
+            .iter()
+            .map(|node| node.parameters.iter().map(|p| tensor(&p.name)).collect())
+            .collect::<Result<_>>()?;
+        let fixed = graph
+            .nodes()
+            .iter()
+            .map(|node| {
+                let mut statistics = node.parameters.iter().filter(|p| p.buffer);
+                statistics.any(|p| !variables.is_trained(&p.name))
+            })
+            .collect();
+        Ok(Self {
+            graph,
+            parameters,
+            fixed,
+        })
     }
 
     pub fn graph(&self) -> &Graph {
@@ -134,16 +172,16 @@ impl Eager {
             Op::Input => Ok(x.clone()),
             Op::Conv2d(ref c) => conv2d(c, x, &parameters[0], parameters.get(1)),
             Op::BatchNorm { eps, momentum, .. } => match mode {
-                Mode::Eval => {
-                    let [weight, bias, mean, variance] = four(parameters);
-                    normalize(x, weight, bias, mean, variance, eps)
-                }
-                Mode::Train(training) => {
+                Mode::Train(training) if !self.fixed[id.index()] => {
                     let (y, running) = train_batch_norm(&node.name, x, parameters, eps, momentum)?;
                     for (parameter, value) in node.parameters[2..].iter().zip(running) {
                         training.running.insert(parameter.name.clone(), value);
                     }
                     Ok(y)
+                }
+                _ => {
+                    let [weight, bias, mean, variance] = four(parameters);
+                    normalize(x, weight, bias, &mean.detach(), &variance.detach(), eps)
                 }
             },
             Op::Activation(activation) => activate(activation, x),
@@ -161,7 +199,9 @@ impl Eager {
                 let x = pad_with(x, pool.padding, f64::from(f32::MIN))?;
                 let mut taps = windows(&x, [pool.kernel; 2], pool.stride)?.into_iter();
                 let first = taps.next().expect("a window has a pixel");
-                taps.try_fold(first, |max, tap| max.maximum(&tap))
+                // The first of equal values takes the gradient, as in PyTorch; candle's maximum
+                // would split it.
+                taps.try_fold(first, |max, tap| tap.gt(&max)?.where_cond(&tap, &max))
             }
             Op::AvgPool(Pool2d {
                 kernel,
@@ -316,14 +356,23 @@ fn train_batch_norm(
 }
 
 fn activate(activation: Activation, x: &Tensor) -> Result<Tensor> {
-    let hard_sigmoid = |x: &Tensor| (x + 3.0)?.clamp(0.0, 6.0)? / 6.0;
     match activation {
         Activation::Relu => x.relu(),
-        Activation::Relu6 => x.clamp(0.0, 6.0),
-        Activation::HardSigmoid => hard_sigmoid(x),
-        Activation::HardSwish => x * hard_sigmoid(x)?,
-        Activation::Gelu => x.gelu_erf(),
+        Activation::Relu6 => clip(x),
+        Activation::HardSigmoid => clip(&(x + 3.0)?)? / 6.0,
+        Activation::HardSwish => x * (clip(&(x + 3.0)?)? / 6.0)?,
+        // candle's own GELU has a gradient of six digits.
+        Activation::Gelu => x * (x / std::f64::consts::SQRT_2)?.erf()?.affine(0.5, 0.5)?,
     }
+}
+
+/// min(max(x, 0), 6), without gradient at the ends and beyond, as in PyTorch; candle's clamp lets
+/// half of it pass at the ends.
+fn clip(x: &Tensor) -> Result<Tensor> {
+    let clipped = x.detach().clamp(0.0, 6.0)?;
+    // Where the value is that of the input and neither end, the input itself.
+    let inside = (x.gt(0.0)? * x.lt(6.0)?)?;
+    inside.where_cond(x, &clipped)
 }
 
 /// `x` `[.., in]` times the transposed weight `[out, in]`.

@@ -1,11 +1,14 @@
 //! Running a network: [`params`] hands out its tensors, [`eager`] computes with candle's
-//! operations on any device, [`cpu`] with a compiled plan of our own kernels.
+//! operations on any device, [`cpu`] with a compiled plan of our own kernels. [`TrainingStep`] is
+//! what training asks of either.
 
 pub mod cpu;
 mod device;
 pub mod eager;
 pub mod params;
 mod runner;
+mod step;
 
 pub use device::{DeviceChoice, DeviceError};
 pub use runner::Runner;
+pub use step::{EagerStep, TrainingStep, Variables};

@@ -1,0 +1,242 @@
+use std::collections::{BTreeMap, BTreeSet};
+
+use candle_core::{Result, Tensor, Var, bail};
+use candle_nn::var_builder::VarBuilder;
+use rand_chacha::ChaCha8Rng;
+
+use super::eager::{Eager, Mode, Training};
+use super::params::fetch;
+use crate::graph::{Graph, Op};
+
+/// One network in training: forward and backward of a batch, its parameters as candle variables.
+pub trait TrainingStep {
+    /// Trainable parameters, in the graph's order; the index is what `backward` hands to its sink.
+    fn parameters(&self) -> &[(String, Var)];
+
+    /// Running statistics of the batch norms that are trained (`forward` updates them), in the
+    /// graph's order.
+    fn buffers(&self) -> &[(String, Var)];
+
+    /// Logits `[N, classes]` of images `[N, 3, H, W]` in training mode (batch statistics where
+    /// norms are trained, dropout from `generator`), detached from any graph. Keeps what
+    /// `backward` needs.
+    ///
+    /// # Errors
+    /// Where the images do not fit the network, or the device fails.
+    fn forward(&mut self, images: &Tensor, generator: &mut ChaCha8Rng) -> Result<Tensor>;
+
+    /// Gradients of the parameters for the gradient at the logits `[N, classes]` of the last
+    /// `forward`. Each is handed to `sink` once, as soon as it is ready, in an order that depends
+    /// on the network alone.
+    ///
+    /// # Errors
+    /// Where no `forward` came before, where the device fails, or what `sink` returns.
+    fn backward(
+        &mut self,
+        logits_gradient: &Tensor,
+        sink: &mut dyn FnMut(usize, Tensor) -> Result<()>,
+    ) -> Result<()>;
+}
+
+/// The tensors of a network in training. A clone shares them.
+#[derive(Clone)]
+pub struct Variables {
+    parameters: Vec<(String, Var)>,
+    buffers: Vec<(String, Var)>,
+    /// Every tensor of the graph by name, frozen ones included.
+    tensors: BTreeMap<String, Tensor>,
+}
+
+impl Variables {
+    /// Takes the graph's tensors from `vb`. Those named in `frozen` are plain tensors that no
+    /// gradient reaches; a batch norm whose weight is frozen stays on its stored statistics.
+    ///
+    /// # Errors
+    /// Where `vb` cannot give a tensor.
+    pub fn new(graph: &Graph, vb: &VarBuilder, frozen: &BTreeSet<String>) -> Result<Self> {
+        let mut variables = Self {
+            parameters: Vec::new(),
+            buffers: Vec::new(),
+            tensors: BTreeMap::new(),
+        };
+        for node in graph.nodes() {
+            let fixed_norm = matches!(node.op, Op::BatchNorm { .. })
+                && frozen.contains(&node.parameters[0].name);
+            for parameter in &node.parameters {
+                let tensor = fetch(vb, parameter)?;
+                let name = parameter.name.clone();
+                let tensor = if fixed_norm && parameter.buffer || frozen.contains(&name) {
+                    tensor.detach()
+                } else {
+                    let variable = Var::from_tensor(&tensor)?;
+                    let tensor = variable.as_tensor().clone();
+                    let list = if parameter.buffer {
+                        &mut variables.buffers
+                    } else {
+                        &mut variables.parameters
+                    };
+                    list.push((name.clone(), variable));
+                    tensor
+                };
+                variables.tensors.insert(name, tensor);
+            }
+        }
+        Ok(variables)
+    }
+
+    /// Trainable parameters, in the graph's order.
+    pub fn parameters(&self) -> &[(String, Var)] {
+        &self.parameters
+    }
+
+    /// Running statistics that training updates, in the graph's order.
+    pub fn buffers(&self) -> &[(String, Var)] {
+        &self.buffers
+    }
+
+    /// Every tensor of the network by name, as it is now.
+    pub fn tensors(&self) -> &BTreeMap<String, Tensor> {
+        &self.tensors
+    }
+
+    /// Whether a tensor is trained: as a parameter, or as a running statistic.
+    pub fn is_trained(&self, name: &str) -> bool {
+        self.tensors.get(name).is_some_and(Tensor::is_variable)
+    }
+}
+
+/// [`TrainingStep`] in candle's operations, with candle's backward pass: the reference, and the
+/// way to other devices.
+pub struct EagerStep {
+    network: Eager,
+    variables: Variables,
+    /// What the last `forward` gave, with its graph.
+    logits: Option<Tensor>,
+}
+
+impl EagerStep {
+    /// # Errors
+    /// Where `variables` are those of another graph.
+    pub fn new(graph: Graph, variables: &Variables) -> Result<Self> {
+        Ok(Self {
+            network: Eager::in_training(graph, variables)?,
+            variables: variables.clone(),
+            logits: None,
+        })
+    }
+}
+
+impl TrainingStep for EagerStep {
+    fn parameters(&self) -> &[(String, Var)] {
+        self.variables.parameters()
+    }
+
+    fn buffers(&self) -> &[(String, Var)] {
+        self.variables.buffers()
+    }
+
+    fn forward(&mut self, images: &Tensor, generator: &mut ChaCha8Rng) -> Result<Tensor> {
+        let mut training = Training::new(generator.clone());
+        let mode = Mode::Train(&mut training);
+        let logits = self
+            .network
+            .forward_observed(images, mode, &mut |_, _| Ok(()))?;
+        *generator = training.rng;
+        for (name, variable) in self.variables.buffers() {
+            if let Some(value) = training.running.get(name) {
+                variable.set(value)?;
+            }
+        }
+        let detached = logits.detach();
+        self.logits = Some(logits);
+        Ok(detached)
+    }
+
+    fn backward(
+        &mut self,
+        logits_gradient: &Tensor,
+        sink: &mut dyn FnMut(usize, Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let Some(logits) = self.logits.take() else {
+            bail!("backward without a forward pass before it");
+        };
+        let mut gradients = (logits * logits_gradient.detach())?.sum_all()?.backward()?;
+        for (index, (_, variable)) in self.variables.parameters().iter().enumerate().rev() {
+            let gradient = match gradients.remove(variable) {
+                Some(gradient) => gradient.detach(),
+                None => variable.zeros_like()?,
+            };
+            sink(index, gradient)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use rand::SeedableRng;
+
+    use super::*;
+    use crate::exec::params::Params;
+    use crate::graph::{Activation, Builder, Conv2d, InitScheme, Norm};
+
+    fn graph() -> Graph {
+        let mut b = Builder::new(InitScheme::FanIn);
+        let image = b.input();
+        let x = b.conv_norm("a.0", "a.1", Conv2d::new(3, 4, 3), Norm::PYTORCH, image);
+        let x = b.activation("a.2", Activation::Relu6, x);
+        let x = b.conv_norm("b.0", "b.1", Conv2d::new(4, 4, 3), Norm::PYTORCH, x);
+        let x = b.add("pool", Op::GlobalAvgPool, &[x]);
+        let x = b.add("flatten", Op::Flatten, &[x]);
+        b.linear("head", 4, 2, x);
+        b.finish()
+    }
+
+    fn names(list: &[(String, Var)]) -> Vec<&str> {
+        list.iter().map(|(name, _)| name.as_str()).collect()
+    }
+
+    #[test]
+    fn frozen_parts_get_no_gradient_and_keep_their_statistics() -> Result<()> {
+        let vb = Params::new(None, 3).var_builder(&Device::Cpu);
+        let frozen = ["a.0.weight", "a.1.weight", "a.1.bias"].map(str::to_string);
+        let variables = Variables::new(&graph(), &vb, &frozen.into())?;
+        let mut step = EagerStep::new(graph(), &variables)?;
+        let trained = [
+            "b.0.weight",
+            "b.1.weight",
+            "b.1.bias",
+            "head.weight",
+            "head.bias",
+        ];
+        assert_eq!(names(step.parameters()), trained);
+        assert_eq!(
+            names(step.buffers()),
+            ["b.1.running_mean", "b.1.running_var"]
+        );
+        let before = variables.tensors()["a.1.running_mean"].to_vec1::<f32>()?;
+        let old = step.buffers()[0].1.to_vec1::<f32>()?;
+        let images = Tensor::rand(-1f32, 1.0, (2, 3, 6, 6), &Device::Cpu)?;
+        let logits = step.forward(&images, &mut ChaCha8Rng::seed_from_u64(0))?;
+        assert_eq!(logits.dims(), [2, 2]);
+        assert!(!logits.track_op());
+        let after = variables.tensors()["a.1.running_mean"].to_vec1::<f32>()?;
+        assert_eq!(before, after);
+        assert_ne!(
+            old,
+            variables.tensors()["b.1.running_mean"].to_vec1::<f32>()?
+        );
+        let mut seen = Vec::new();
+        step.backward(&logits, &mut |index, gradient| {
+            let norm = gradient.sqr()?.sum_all()?.to_scalar::<f32>()?;
+            assert!(norm.is_finite());
+            seen.push(index);
+            Ok(())
+        })?;
+        assert_eq!(seen, [4, 3, 2, 1, 0]);
+        let again = step.backward(&logits, &mut |_, _| Ok(()));
+        assert!(again.unwrap_err().to_string().contains("forward"));
+        Ok(())
+    }
+}
