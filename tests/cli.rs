@@ -430,7 +430,7 @@ fn misuse_is_one_clear_error() {
         (&["--model", "missing.safetensors"], "missing.safetensors"),
         (
             &["--weights", "README.md"],
-            "README.md: not a safetensors file",
+            "README.md: cannot be read as weights: ",
         ),
         (&["--weights", "assets"], "assets: "),
         (&["--labels", "missing.txt"], "missing.txt"),
@@ -508,7 +508,9 @@ fn the_head_takes_its_size_from_the_weights() {
         .assert()
         .code(2)
         .stderr(
-            contains("does not fit resnet34").and(contains("missing, first layer1.2.bn1.bias")),
+            contains("does not fit resnet34")
+                .and(contains("missing, first layer1.2.bn1.bias"))
+                .and(contains("looks like resnet18")),
         );
 }
 

@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::timm_layers::Layers;
+use super::layers::Layers;
 use crate::graph::{Builder, Conv2d, Graph, InitScheme, Op};
 
 /// Lite0 is the one variant so far.
@@ -12,7 +12,7 @@ use crate::graph::{Builder, Conv2d, Graph, InitScheme, Op};
 pub struct Config {}
 
 /// Inverted residuals: kernel, expand ratio, channels, blocks, stride of the first.
-const STAGES: [(usize, usize, usize, usize, usize); 7] = [
+pub(crate) const STAGES: [(usize, usize, usize, usize, usize); 7] = [
     (3, 1, 16, 1, 1),
     (3, 6, 24, 2, 2),
     (5, 6, 40, 2, 2),

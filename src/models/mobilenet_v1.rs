@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::timm_layers::Layers;
+use super::layers::Layers;
 use super::{check_width, make_divisible};
 use crate::graph::{Builder, Conv2d, Graph, InitScheme, Op};
 
@@ -25,7 +25,7 @@ impl Config {
 }
 
 /// Depthwise separable convolutions, stage by stage: channels, blocks, stride of the first.
-const STAGES: [(usize, usize, usize); 5] = [
+pub(crate) const STAGES: [(usize, usize, usize); 5] = [
     (64, 1, 1),
     (128, 2, 2),
     (256, 2, 2),
@@ -37,11 +37,7 @@ const STAGES: [(usize, usize, usize); 5] = [
 pub fn graph(config: &Config, num_classes: usize) -> Graph {
     let scaled = |channels: usize| make_divisible(channels as f64 * config.width, 8);
     let mut b = Builder::new(InitScheme::KaimingFanOut);
-    let layers = if config.tensorflow {
-        Layers::TENSORFLOW
-    } else {
-        Layers::PYTORCH
-    };
+    let layers = Layers::new(config.tensorflow);
     let mut channels = scaled(32);
     let image = b.input();
     let stem = Conv2d::new(3, channels, 3).stride(2);

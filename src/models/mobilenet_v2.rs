@@ -1,14 +1,19 @@
-//! MobileNetV2 (Sandler et al. 2018, <https://arxiv.org/abs/1801.04381>), as torchvision has it.
+//! MobileNetV2 (Sandler et al. 2018, <https://arxiv.org/abs/1801.04381>), under torchvision's names.
 
 use serde::{Deserialize, Serialize};
 
+use super::layers::Layers;
 use super::{check_width, make_divisible};
-use crate::graph::{Activation, Builder, Conv2d, Graph, InitScheme, NodeId, Norm, Op};
+use crate::graph::{Builder, Conv2d, Graph, InitScheme, NodeId, Op};
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Config {
     /// Width multiplier: scales the channels of every layer (the last one only upwards).
     pub width: f64,
+    /// TensorFlow's SAME padding and BatchNorm epsilon 1e-3, for weights that were trained there;
+    /// else as torchvision has it.
+    #[serde(default)]
+    pub tensorflow: bool,
 }
 
 impl Config {
@@ -18,7 +23,7 @@ impl Config {
 }
 
 /// Inverted residuals: expand ratio, channels, blocks, stride of the first.
-const STAGES: [(usize, usize, usize, usize); 7] = [
+pub(crate) const STAGES: [(usize, usize, usize, usize); 7] = [
     (1, 16, 1, 1),
     (6, 24, 2, 2),
     (6, 32, 3, 2),
@@ -35,7 +40,8 @@ pub fn graph(config: &Config, num_classes: usize) -> Graph {
     let mut channels = scaled(32);
     let stem = Conv2d::new(3, channels, 3).stride(2);
     let image = b.input();
-    let mut x = conv_norm_relu(&mut b, "features.0", stem, image);
+    let layers = Layers::new(config.tensorflow);
+    let mut x = conv_norm_relu(&mut b, layers, "features.0", stem, image);
     let mut index = 1;
     for (expand_ratio, stage_channels, blocks, first_stride) in STAGES {
         let out_channels = scaled(stage_channels);
@@ -43,7 +49,14 @@ pub fn graph(config: &Config, num_classes: usize) -> Graph {
             let stride = if block == 0 { first_stride } else { 1 };
             let name = format!("features.{index}");
             let hidden = channels * expand_ratio;
-            x = inverted_residual(&mut b, &name, x, [channels, hidden, out_channels], stride);
+            x = inverted_residual(
+                &mut b,
+                layers,
+                &name,
+                x,
+                [channels, hidden, out_channels],
+                stride,
+            );
             channels = out_channels;
             index += 1;
         }
@@ -51,6 +64,7 @@ pub fn graph(config: &Config, num_classes: usize) -> Graph {
     let last = make_divisible(1280.0 * config.width.max(1.0), 8);
     let x = conv_norm_relu(
         &mut b,
+        layers,
         &format!("features.{index}"),
         Conv2d::new(channels, last, 1),
         x,
@@ -65,6 +79,7 @@ pub fn graph(config: &Config, num_classes: usize) -> Graph {
 /// 1x1 expansion (left out at ratio 1), 3x3 depthwise, linear 1x1 projection.
 fn inverted_residual(
     b: &mut Builder,
+    layers: Layers,
     name: &str,
     input: NodeId,
     [channels, hidden, out_channels]: [usize; 3],
@@ -74,14 +89,15 @@ fn inverted_residual(
     let mut index = 0;
     if hidden != channels {
         let expansion = Conv2d::new(channels, hidden, 1);
-        x = conv_norm_relu(b, &format!("{name}.conv.{index}"), expansion, x);
+        x = conv_norm_relu(b, layers, &format!("{name}.conv.{index}"), expansion, x);
         index += 1;
     }
     let depthwise = Conv2d::new(hidden, hidden, 3).stride(stride).groups(hidden);
-    let x = conv_norm_relu(b, &format!("{name}.conv.{index}"), depthwise, x);
+    let x = conv_norm_relu(b, layers, &format!("{name}.conv.{index}"), depthwise, x);
     let projection = Conv2d::new(hidden, out_channels, 1);
-    let [conv_name, norm_name] = [1, 2].map(|i| format!("{name}.conv.{}", index + i));
-    let x = b.conv_norm(conv_name, norm_name, projection, Norm::PYTORCH, x);
+    let names = [1, 2].map(|i| (index + i).to_string());
+    let names = names.each_ref().map(String::as_str);
+    let x = layers.conv_norm(b, &format!("{name}.conv."), names, projection, x);
     if stride == 1 && channels == out_channels {
         b.add(format!("{name}.add"), Op::Add, &[input, x])
     } else {
@@ -89,8 +105,6 @@ fn inverted_residual(
     }
 }
 
-fn conv_norm_relu(b: &mut Builder, name: &str, conv: Conv2d, x: NodeId) -> NodeId {
-    let [conv_name, norm_name, relu_name] = [0, 1, 2].map(|i| format!("{name}.{i}"));
-    let x = b.conv_norm(conv_name, norm_name, conv, Norm::PYTORCH, x);
-    b.activation(relu_name, Activation::Relu6, x)
+fn conv_norm_relu(b: &mut Builder, layers: Layers, name: &str, conv: Conv2d, x: NodeId) -> NodeId {
+    layers.conv_norm_relu6(b, &format!("{name}."), ["0", "1", "2"], conv, x)
 }

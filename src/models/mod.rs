@@ -4,6 +4,7 @@
 //! into a [`Graph`]. A variant is a row of [`registry`].
 
 pub mod efficientnet_lite;
+mod layers;
 pub mod mobilenet_v1;
 pub mod mobilenet_v2;
 pub mod mobilenet_v3;
@@ -12,7 +13,6 @@ pub mod registry;
 pub mod resnet;
 pub mod shufflenet_v1;
 pub mod shufflenet_v2;
-mod timm_layers;
 pub mod vision_transformer;
 
 use serde::{Deserialize, Serialize};

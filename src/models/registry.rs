@@ -265,8 +265,8 @@ const fn mobilenet_v1(width: f64, tensorflow: bool) -> Architecture {
     Architecture::MobileNetV1(mobilenet_v1::Config { width, tensorflow })
 }
 
-const fn mobilenet_v2(width: f64) -> Architecture {
-    Architecture::MobileNetV2(mobilenet_v2::Config { width })
+const fn mobilenet_v2(width: f64, tensorflow: bool) -> Architecture {
+    Architecture::MobileNetV2(mobilenet_v2::Config { width, tensorflow })
 }
 
 const fn mobilenet_v3(
@@ -389,17 +389,20 @@ static MODELS: &[ModelRow] = &[
         hub("google", "google/mobilenet_v1_1.0_224", 70.9, RESIZE_256.half()),
     ]),
     // MobileNetV2
-    alias(&["mobilenetv2_100"], row("mobilenet_v2", mobilenet_v2(1.0), &[
+    alias(&["mobilenetv2_100"], row("mobilenet_v2", mobilenet_v2(1.0, false), &[
         tv2("mobilenet_v2-7ebf99e0.pth", 72.154),
         embedded(tv("mobilenet_v2-b0353104.pth", 71.878, RESIZE_256)),
         hub("ra_in1k", "timm/mobilenetv2_100.ra_in1k", 72.910, BICUBIC_875),
     ])),
-    alias(&["mobilenetv2_050"], row("mobilenet_v2_050", mobilenet_v2(0.5), &[
+    alias(&["mobilenetv2_050"], row("mobilenet_v2_050", mobilenet_v2(0.5, false), &[
         hub("lamb_in1k", "timm/mobilenetv2_050.lamb_in1k", 65.928, BICUBIC_875),
     ])),
-    alias(&["mobilenetv2_140"], row("mobilenet_v2_140", mobilenet_v2(1.4), &[
+    alias(&["mobilenetv2_140"], row("mobilenet_v2_140", mobilenet_v2(1.4, false), &[
         hub("ra_in1k", "timm/mobilenetv2_140.ra_in1k", 76.528, BICUBIC_875),
     ])),
+    row("tf_mobilenet_v2_100", mobilenet_v2(1.0, true), &[
+        hub("google", "google/mobilenet_v2_1.0_224", 71.8, RESIZE_256.half()),
+    ]),
     // MobileNetV3; timm's differ in the epsilon of batch norm, so they are rows of their own.
     row("mobilenet_v3_large", mobilenet_v3(LARGE, 1.0, V3::Torchvision), &[
         tv2("mobilenet_v3_large-5c1a4163.pth", 75.274),

@@ -65,7 +65,7 @@ impl Config {
 }
 
 /// Blocks of the three stages.
-const BLOCKS: [usize; 3] = [4, 8, 4];
+pub(crate) const BLOCKS: [usize; 3] = [4, 8, 4];
 
 /// Builds the network.
 pub fn graph(config: &Config, num_classes: usize) -> Graph {

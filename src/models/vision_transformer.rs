@@ -7,7 +7,7 @@ use crate::graph::{
     Activation, Builder, Conv2d, Graph, InitScheme, NodeId, Op, Padding, PositionInterpolation,
 };
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Config {
     /// Height and width of a patch, in pixels.
     pub patch: usize,
@@ -22,6 +22,15 @@ pub struct Config {
     pub image_size: usize,
     /// How positions follow images of another size.
     pub interpolation: PositionInterpolation,
+    /// Of the layer norms: 1e-6 in torchvision and timm.
+    #[serde(default = "default_eps")]
+    pub layer_norm_eps: f64,
+}
+
+const DEFAULT_EPS: f64 = 1e-6;
+
+fn default_eps() -> f64 {
+    DEFAULT_EPS
 }
 
 impl Config {
@@ -41,6 +50,7 @@ impl Config {
             mlp: 4 * dim,
             image_size: 224,
             interpolation,
+            layer_norm_eps: DEFAULT_EPS,
         }
     }
 
@@ -54,6 +64,9 @@ impl Config {
             && within(self.image_size, 1 << 13))
         {
             return Err("Vision Transformer: a size is out of range".into());
+        }
+        if !(self.layer_norm_eps > 0.0 && self.layer_norm_eps <= 1.0) {
+            return Err("Vision Transformer: layer_norm_eps is out of range".into());
         }
         if !self.dim.is_multiple_of(self.heads) || !self.image_size.is_multiple_of(self.patch) {
             return Err(
@@ -88,7 +101,7 @@ pub fn graph(config: &Config, num_classes: usize) -> Graph {
         let name = format!("encoder.layers.encoder_layer_{index}");
         x = encoder_layer(&mut b, config, &name, x);
     }
-    let x = b.add("encoder.ln", layer_norm(dim), &[x]);
+    let x = b.add("encoder.ln", layer_norm(config), &[x]);
     let x = b.add("getitem", Op::SelectToken { index: 0 }, &[x]);
     b.linear("heads.head", dim, num_classes, x);
     b.finish()
@@ -99,17 +112,20 @@ fn encoder_layer(b: &mut Builder, config: &Config, name: &str, input: NodeId) ->
     let &Config {
         dim, heads, mlp, ..
     } = config;
-    let x = b.add(format!("{name}.ln_1"), layer_norm(dim), &[input]);
+    let x = b.add(format!("{name}.ln_1"), layer_norm(config), &[input]);
     let attention = Op::SelfAttention { dim, heads };
     let x = b.add(format!("{name}.self_attention"), attention, &[x]);
     let input = b.add(format!("{name}.add"), Op::Add, &[x, input]);
-    let x = b.add(format!("{name}.ln_2"), layer_norm(dim), &[input]);
+    let x = b.add(format!("{name}.ln_2"), layer_norm(config), &[input]);
     let x = b.linear(format!("{name}.mlp.0"), dim, mlp, x);
     let x = b.activation(format!("{name}.mlp.1"), Activation::Gelu, x);
     let x = b.linear(format!("{name}.mlp.3"), mlp, dim, x);
     b.add(format!("{name}.add_1"), Op::Add, &[input, x])
 }
 
-fn layer_norm(dim: usize) -> Op {
-    Op::LayerNorm { dim, eps: 1e-6 }
+fn layer_norm(config: &Config) -> Op {
+    Op::LayerNorm {
+        dim: config.dim,
+        eps: config.layer_norm_eps,
+    }
 }

@@ -8,11 +8,8 @@ static IMAGENET: &str = include_str!("../../assets/imagenet_labels.txt");
 /// Why a file of class names cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum LabelsError {
-    #[error("{path}: {source}")]
-    Io {
-        path: String,
-        source: std::io::Error,
-    },
+    #[error("{path}: {error}")]
+    Io { path: String, error: std::io::Error },
     #[error(
         "{path}: {reason} (expected a name a line, or JSON: a list of names or a map from index to name)"
     )]
@@ -31,9 +28,9 @@ pub fn imagenet_labels() -> Vec<String> {
 /// Where the file cannot be read, or a map's indices are not 0 to n - 1.
 pub fn read_labels(path: &Path) -> Result<Vec<String>, LabelsError> {
     let shown = || path.display().to_string();
-    let text = std::fs::read_to_string(path).map_err(|source| LabelsError::Io {
+    let text = std::fs::read_to_string(path).map_err(|error| LabelsError::Io {
         path: shown(),
-        source,
+        error,
     })?;
     parse(&text).map_err(|reason| LabelsError::Format {
         path: shown(),

@@ -5,9 +5,8 @@ use std::sync::Arc;
 
 use candle_core::Device;
 
-use super::{
-    Description, LabelsError, SafetensorsFile, WeightsError, imagenet_labels, read_labels,
-};
+use super::fit::{self, FitError, Fitted, Head};
+use super::{Checkpoint, Description, LabelsError, WeightsError, imagenet_labels, read_labels};
 use crate::exec::Runner;
 use crate::exec::cpu::{Options, PlanError};
 use crate::exec::params::{LoadReport, Params, TensorSource};
@@ -41,12 +40,17 @@ pub struct Model {
     pub name: String,
     pub architecture: Architecture,
     pub graph: Graph,
-    pub params: Arc<Params>,
+    /// The weights under our names; None: random ones.
+    pub source: Option<Arc<dyn TensorSource>>,
+    /// How the weights met the network; None where they are random.
+    pub report: Option<LoadReport>,
+    /// Of what the weights lack.
+    pub seed: u64,
     /// Class names, in the order of the logits.
     pub labels: Vec<String>,
     pub preprocessing: Preprocessing,
     pub temperature: f64,
-    /// Where the weights came from, for messages.
+    /// Where the weights came from and whose names they have, for messages.
     weights_from: Option<String>,
 }
 
@@ -61,8 +65,14 @@ pub enum ModelError {
     Labels(#[from] LabelsError),
     #[error(transparent)]
     Plan(#[from] PlanError),
-    #[error("{path}: does not say what network it is (name it with -m NAME --weights {path})")]
-    Undescribed { path: String },
+    #[error(
+        "{path}: does not say what network it is (name it: -m {} --weights {path})", .closest.unwrap_or("NAME")
+    )]
+    Undescribed {
+        path: String,
+        /// The network that it looks like.
+        closest: Option<&'static str>,
+    },
     #[error("-m {model}: {file} is a {family} of another configuration (leave -m NAME out)")]
     OtherArchitecture {
         model: String,
@@ -75,17 +85,11 @@ pub enum ModelError {
     NotHere { name: String, from: String },
     #[error("-m {name}: no weights have been published for it (give some with --weights FILE)")]
     Unpublished { name: String },
-    #[error("--weights {file}: no tensor {tensor} of two dimensions, so it is no {name}")]
-    NoHead {
-        file: String,
-        tensor: String,
-        name: String,
-    },
-    #[error("{file} does not fit {name}: {} (is it another network's?)", describe(.report))]
-    Incomplete {
+    #[error("{file} does not fit {name}: {reason}")]
+    Fit {
         file: String,
         name: String,
-        report: Box<LoadReport>,
+        reason: FitError,
     },
     #[error("{from}: {labels} class names for a network of {classes} classes")]
     LabelCount {
@@ -95,33 +99,12 @@ pub enum ModelError {
     },
 }
 
-fn describe(report: &LoadReport) -> String {
-    let mut parts = Vec::new();
-    if let Some(first) = report.missing.first() {
-        parts.push(format!(
-            "{} tensors missing, first {first}",
-            report.missing.len()
-        ));
-    }
-    if let Some((name, (wanted, held))) = report.mismatched.first_key_value() {
-        parts.push(format!(
-            "{} of another shape, first {name}: {held:?} for {wanted:?}",
-            report.mismatched.len()
-        ));
-    }
-    parts.join("; ")
-}
-
-/// Finds the network and its weights.
+/// Finds the network and its weights, to classify with.
 ///
 /// # Errors
 /// See [`ModelError`].
 pub fn resolve(request: &Request) -> Result<Model, ModelError> {
-    let mut model = if is_file(&request.model) {
-        from_model_file(request)?
-    } else {
-        from_registry(request)?
-    };
+    let mut model = find(request, Head::FromFile)?;
     let mut labels_from = model.name.clone();
     if let Some(path) = &request.labels {
         model.labels = read_labels(path)?;
@@ -138,6 +121,33 @@ pub fn resolve(request: &Request) -> Result<Model, ModelError> {
     Ok(model)
 }
 
+/// Finds the network and its weights, to train it further on so many classes. The head is the
+/// weights' own where it has as many and `reset_head` is off; else it is missing from the model's
+/// `source` and `report`, and whoever asks [`Params`] for it gets a fresh one. Class names are
+/// those of the weights, whatever the number asked for.
+///
+/// # Errors
+/// See [`ModelError`]; `--labels` is not looked at.
+pub fn resolve_for_training(
+    request: &Request,
+    classes: usize,
+    reset_head: bool,
+) -> Result<Model, ModelError> {
+    let head = Head::Classes {
+        count: classes,
+        reset: reset_head,
+    };
+    find(request, head)
+}
+
+fn find(request: &Request, head: Head) -> Result<Model, ModelError> {
+    if is_file(&request.model) {
+        from_model_file(request, head)
+    } else {
+        from_registry(request, head)
+    }
+}
+
 /// Whether `-m` names a file rather than a network.
 fn is_file(model: &str) -> bool {
     let path = Path::new(model);
@@ -146,27 +156,34 @@ fn is_file(model: &str) -> bool {
         || (registry::find(model).is_err() && path.is_file())
 }
 
-fn from_model_file(request: &Request) -> Result<Model, ModelError> {
+fn from_model_file(request: &Request, head: Head) -> Result<Model, ModelError> {
     let path = Path::new(&request.model);
-    let file = SafetensorsFile::open(path)?;
+    let file = Checkpoint::open(path)?;
     let Some(description) = describe_file(&file, path)? else {
         return Err(ModelError::Undescribed {
             path: request.model.clone(),
+            closest: fit::closest(&file),
         });
     };
     let (source, from) = match &request.weights {
         WeightsChoice::Published => (Some(file), Some(request.model.clone())),
         WeightsChoice::None => (None, None),
         WeightsChoice::File(path) => (
-            Some(SafetensorsFile::open(path)?),
+            Some(Checkpoint::open(path)?),
             Some(path.display().to_string()),
         ),
     };
     let choice = (description.name.clone(), description.architecture);
-    build(choice, Some(description), source, from, request.seed)
+    build(
+        choice,
+        Some(description),
+        source.zip(from),
+        head,
+        request.seed,
+    )
 }
 
-fn from_registry(request: &Request) -> Result<Model, ModelError> {
+fn from_registry(request: &Request, head: Head) -> Result<Model, ModelError> {
     let choice = registry::find(&request.model).map_err(ModelError::Unknown)?;
     let name = choice.name();
     let architecture = choice.row.architecture;
@@ -179,7 +196,7 @@ fn from_registry(request: &Request) -> Result<Model, ModelError> {
             (Some(published(&name, weights)?), Some(name.clone()), None)
         }
         WeightsChoice::File(path) => {
-            let file = SafetensorsFile::open(path)?;
+            let file = Checkpoint::open(path)?;
             let shown = path.display().to_string();
             let description = describe_file(&file, path)?;
             if let Some(d) = &description
@@ -197,8 +214,8 @@ fn from_registry(request: &Request) -> Result<Model, ModelError> {
     let mut model = build(
         (name, architecture),
         description,
-        source,
-        from,
+        source.zip(from),
+        head,
         request.seed,
     )?;
     if model.labels.is_empty() {
@@ -216,7 +233,7 @@ fn from_registry(request: &Request) -> Result<Model, ModelError> {
     Ok(model)
 }
 
-fn describe_file(file: &SafetensorsFile, path: &Path) -> Result<Option<Description>, WeightsError> {
+fn describe_file(file: &Checkpoint, path: &Path) -> Result<Option<Description>, WeightsError> {
     let parse = |text| {
         Description::parse(text).map_err(|reason| WeightsError::Description {
             path: path.display().to_string(),
@@ -227,11 +244,11 @@ fn describe_file(file: &SafetensorsFile, path: &Path) -> Result<Option<Descripti
 }
 
 /// The weights that a registry row stands for, where this machine has them.
-fn published(name: &str, weights: &Pretrained) -> Result<SafetensorsFile, ModelError> {
+fn published(name: &str, weights: &Pretrained) -> Result<Checkpoint, ModelError> {
     #[cfg(feature = "embedded")]
     if weights.is_embedded() {
         static BYTES: &[u8] = include_bytes!("../../weights/mobilenet_v2.safetensors");
-        return Ok(SafetensorsFile::from_static(BYTES)?);
+        return Ok(Checkpoint::from_static(BYTES)?);
     }
     let from = match weights.source {
         Source::Torchvision { file, .. } => format!("torchvision's {file}"),
@@ -247,42 +264,51 @@ fn published(name: &str, weights: &Pretrained) -> Result<SafetensorsFile, ModelE
 fn build(
     (name, architecture): (String, Architecture),
     description: Option<Description>,
-    source: Option<SafetensorsFile>,
-    weights_from: Option<String>,
+    weights: Option<(Checkpoint, String)>,
+    head: Head,
     seed: u64,
 ) -> Result<Model, ModelError> {
     let described = description.as_ref().map(|d| d.labels.len());
-    let classes = match &source {
-        None => described.unwrap_or(IMAGENET_CLASSES),
-        Some(source) => {
-            let any = architecture.graph(IMAGENET_CLASSES);
-            let tensor = format!("{}.weight", any.head().name);
-            match source.shape(&tensor).as_deref() {
-                Some(&[classes, _]) if classes > 0 => classes,
-                _ => {
-                    return Err(ModelError::NoHead {
-                        file: weights_from.unwrap_or_default(),
-                        tensor,
-                        name,
-                    });
-                }
-            }
-        }
-    };
-    let source = source.map(|s| Arc::new(s) as Arc<dyn TensorSource>);
     let (labels, preprocessing, temperature) = match description {
         Some(d) => (d.labels, d.preprocessing, d.temperature),
         None => (Vec::new(), registry::DEFAULT_PREPROCESSING, 1.0),
     };
-    Ok(Model {
-        name,
+    let model = |architecture, graph| Model {
+        name: name.clone(),
         architecture,
-        graph: architecture.graph(classes),
-        params: Params::new(source, seed),
+        graph,
+        source: None,
+        report: None,
+        seed,
         labels,
         preprocessing,
         temperature,
-        weights_from,
+        weights_from: None,
+    };
+    let Some((file, from)) = weights else {
+        let classes = match head {
+            Head::FromFile => described.unwrap_or(IMAGENET_CLASSES),
+            Head::Classes { count, .. } => count,
+        };
+        return Ok(model(architecture, architecture.graph(classes)));
+    };
+    let fitted = fit::fit(Arc::new(file), &architecture, head);
+    let Fitted {
+        architecture,
+        graph,
+        source,
+        report,
+        dialect,
+    } = fitted.map_err(|reason| ModelError::Fit {
+        file: from.clone(),
+        name: name.clone(),
+        reason,
+    })?;
+    Ok(Model {
+        source: Some(source),
+        report: Some(report),
+        weights_from: Some(format!("{from} (names of {dialect})")),
+        ..model(architecture, graph)
     })
 }
 
@@ -295,23 +321,15 @@ impl Model {
     /// The network ready to classify images of `size` `[H, W]` on that device.
     ///
     /// # Errors
-    /// Where the weights lack a tensor that the network needs, or the device refuses.
+    /// Where the weights cannot be read, the image is too small, or the device refuses.
     pub fn runner(
         &self,
         device: &Device,
         size: [usize; 2],
         options: Options,
     ) -> Result<Runner, ModelError> {
-        let vb = self.params.var_builder(device);
-        let runner = Runner::new(self.graph.clone(), &vb, size, options)?;
-        let report = self.params.report();
-        match &self.weights_from {
-            Some(file) if !report.is_complete() => Err(ModelError::Incomplete {
-                file: file.clone(),
-                name: self.name.clone(),
-                report: Box::new(report),
-            }),
-            _ => Ok(runner),
-        }
+        let params = Params::new(self.source.clone(), self.seed);
+        let vb = params.var_builder(device);
+        Ok(Runner::new(self.graph.clone(), &vb, size, options)?)
     }
 }

@@ -172,6 +172,27 @@ def rename_mobilenet_v3(model):
     return {key: f"{names[module]}.{leaf}" for key, module, leaf in split}
 
 
+def rename_mobilenet_v2(model):
+    """timm's MobileNetV2 to torchvision's names."""
+    names = {
+        "conv_stem": "features.0.0", "bn1": "features.0.1", "conv_head": "features.18.0",
+        "bn2": "features.18.1", "classifier": "classifier.1",
+    }  # fmt: skip
+    blocks = [(s, b) for s, stage in enumerate(model.blocks) for b in range(len(stage))]
+    for index, (s, b) in enumerate(blocks):
+        if index == 0:
+            parts = {"conv_dw": "0.0", "bn1": "0.1", "conv_pw": "1", "bn2": "2"}
+        else:
+            parts = {
+                "conv_pw": "0.0", "bn1": "0.1", "conv_dw": "1.0", "bn2": "1.1", "conv_pwl": "2",
+                "bn3": "3",
+            }  # fmt: skip
+        for theirs, ours in parts.items():
+            names[f"blocks.{s}.{b}.{theirs}"] = f"features.{index + 1}.conv.{ours}"
+    split = ((key, *key.rsplit(".", 1)) for key in model.state_dict())
+    return {key: f"{names[module]}.{leaf}" for key, module, leaf in split}
+
+
 def rename_transformer(model):
     """timm's Vision Transformer to torchvision's names."""
     names = [
@@ -213,6 +234,10 @@ NETWORKS |= {
     "mobilenet_v2_050": Torchvision("mobilenet_v2", width_mult=0.5),
     "mobilenet_v2_140": Torchvision("mobilenet_v2", width_mult=1.4),
     "efficientnet_lite0": Timm("tf_efficientnet_lite0", bn_momentum=0.01),
+    "tf_mobilenet_v2_100": Timm(
+        "mobilenetv2_100", rename_mobilenet_v2, pad_type="same", bn_eps=1e-3, bn_momentum=0.01,
+        num_classes=1001,
+    ),
     "tf_mobilenet_v1_100": Timm(
         "mobilenetv1_100", pad_type="same", bn_eps=1e-3, bn_momentum=0.01, num_classes=1001
     ),

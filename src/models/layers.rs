@@ -1,4 +1,4 @@
-//! What networks under timm's names are made of.
+//! What the mobile networks are made of.
 
 use crate::graph::{Activation, Builder, Conv2d, NodeId, Norm, Padding};
 
@@ -19,6 +19,14 @@ impl Layers {
         same_padding: true,
         norm: Norm::TENSORFLOW,
     };
+
+    pub fn new(tensorflow: bool) -> Self {
+        if tensorflow {
+            Self::TENSORFLOW
+        } else {
+            Self::PYTORCH
+        }
+    }
 
     pub fn conv_norm(
         self,
