@@ -173,20 +173,28 @@ fn photos_give_torchvisions_logits() {
 }
 
 /// With published float32 weights, which are too large for the repository. SCONCE_TEST_WEIGHTS
-/// names a folder that holds them as safetensors: mobilenet_v2 (`weights/convert.py torchvision
-/// mobilenet_v2-b0353104.pth`), efficientnet_lite0 and tf_mobilenet_v1_100 (likewise).
+/// names a folder that holds them: torchvision's and EfficientNet-Lite0's as published, and
+/// tf_mobilenet_v1_100.safetensors as weights/convert.py makes it.
 #[test]
 #[ignore = "needs published weights"]
 fn photos_give_the_references_logits_with_published_weights() {
     let folder = std::env::var_os("SCONCE_TEST_WEIGHTS").expect("SCONCE_TEST_WEIGHTS is a folder");
     let bytes = golden("photos.safetensors");
     let goldens = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    for (network, golden) in [
-        ("mobilenet_v2", "published"),
-        ("efficientnet_lite0", "efficientnet_lite0"),
-        ("tf_mobilenet_v1_100", "tf_mobilenet_v1_100"),
+    for (network, golden, file) in [
+        ("mobilenet_v2", "published", "mobilenet_v2-b0353104.pth"),
+        (
+            "efficientnet_lite0",
+            "efficientnet_lite0",
+            "efficientnet-lite0-57934424.pth",
+        ),
+        (
+            "tf_mobilenet_v1_100",
+            "tf_mobilenet_v1_100",
+            "tf_mobilenet_v1_100.safetensors",
+        ),
     ] {
-        let path = PathBuf::from(&folder).join(format!("{network}.safetensors"));
+        let path = PathBuf::from(&folder).join(file);
         for name in PHOTOS {
             let logits = logits(name, network, WeightsChoice::File(path.clone()));
             let (_, expected) = f32_tensor(&goldens, &format!("{golden}/{name}"));

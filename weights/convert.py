@@ -1,16 +1,10 @@
-"""Brings weights that were published in other forms to safetensors under sconce's names.
+"""Brings a frozen TensorFlow graph of MobileNetV1 1.0, with its 1001-class head, to safetensors.
 
-    python weights/convert.py torchvision FILE.pth OUT.safetensors
-    python weights/convert.py efficientnet-lite0 efficientnet-lite0-57934424.pth OUT.safetensors
-    python weights/convert.py mobilenet-v1 FROZEN_GRAPH.pb OUT.safetensors
+    python weights/convert.py FROZEN_GRAPH.pb OUT.safetensors
 
-needs numpy and safetensors, and torch for the .pth files. Then, for example,
+needs numpy and safetensors. Then
 
-    sconce classify -m efficientnet_lite0 --weights OUT.safetensors photo.jpg
-
-`efficientnet-lite0` takes the PyTorch port of TensorFlow's weights whose keys begin with an
-underscore; `mobilenet-v1` a frozen TensorFlow graph of MobileNetV1 1.0 with its 1001-class head,
-for the network tf_mobilenet_v1_100.
+    sconce classify -m tf_mobilenet_v1_100 --weights OUT.safetensors photo.jpg
 """
 
 import re
@@ -19,45 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
-
-
-def read_pth(path):
-    import torch
-
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return {
-        name: tensor.numpy().astype(np.float32)
-        for name, tensor in state.items()
-        if not name.endswith("num_batches_tracked")
-    }
-
-
-def efficientnet_lite0(path):
-    """Flat block numbers become stage and block, underscored names timm's."""
-    blocks = [1, 2, 2, 3, 3, 4, 1]
-    place = [f"blocks.{s}.{b}" for s, count in enumerate(blocks) for b in range(count)]
-    # The first block expands nothing, so that its names are shifted.
-    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-    others = {
-        "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
-        "_project_conv": "conv_pwl", "_bn2": "bn3",
-    }  # fmt: skip
-    outer = {
-        "_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2",
-        "_fc": "classifier",
-    }  # fmt: skip
-    renamed = {}
-    for key, tensor in read_pth(path).items():
-        module, leaf = key.rsplit(".", 1)
-        found = re.match(r"_blocks\.(\d+)\.(.*)", module)
-        if found:
-            index = int(found.group(1))
-            names = first if index == 0 else others
-            module = f"{place[index]}.{names[found.group(2)]}"
-        else:
-            module = outer[module]
-        renamed[f"{module}.{leaf}"] = tensor
-    return renamed
 
 
 def mobilenet_v1(path):
@@ -152,16 +107,11 @@ def fields(message):
 
 
 def main():
-    readers = {
-        "torchvision": read_pth,
-        "efficientnet-lite0": efficientnet_lite0,
-        "mobilenet-v1": mobilenet_v1,
-    }
-    if len(sys.argv) != 4 or sys.argv[1] not in readers:
+    if len(sys.argv) != 3:
         raise SystemExit(__doc__)
-    tensors = readers[sys.argv[1]](Path(sys.argv[2]))
-    save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, sys.argv[3])
-    print(f"{sys.argv[3]}: {len(tensors)} tensors")
+    tensors = mobilenet_v1(Path(sys.argv[1]))
+    save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, sys.argv[2])
+    print(f"{sys.argv[2]}: {len(tensors)} tensors")
 
 
 if __name__ == "__main__":

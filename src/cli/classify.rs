@@ -114,6 +114,7 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
         .context("--files-from")?;
     let started = Instant::now();
     let model = resolve(&global.request())?;
+    global.report_weights(&model);
     let device = global.device.open()?;
     let decoder = Decoder {
         max_pixels: arguments.max_pixels,

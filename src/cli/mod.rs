@@ -15,7 +15,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::exec::DeviceChoice;
 use crate::exec::cpu::Options;
-use crate::weights::{Request, WeightsChoice};
+use crate::weights::{Model, Request, WeightsChoice};
 
 /// Classify images, and look at the networks that do it.
 #[derive(Debug, Parser)]
@@ -58,7 +58,7 @@ struct Global {
         default_value = "mobilenet_v2"
     )]
     model: String,
-    /// Other weights for the network: a safetensors file, or `none` for random ones
+    /// Other weights for the network: a file of safetensors or PyTorch, or `none` for random ones
     #[arg(long, global = true, value_name = "FILE|none")]
     weights: Option<PathBuf>,
     /// Class names: one a line, or a JSON map from index to name
@@ -185,6 +185,42 @@ impl Global {
     fn verbose(&self, note: impl FnOnce() -> String) {
         if self.verbose {
             complain(&note());
+        }
+    }
+
+    /// How the weights met the network: by name for those who asked, else by count, and nothing
+    /// where every tensor was used.
+    fn report_weights(&self, model: &Model) {
+        let Some(report) = model.report.as_ref().filter(|_| !self.quiet) else {
+            return;
+        };
+        let from = model.weights_from().unwrap_or_default();
+        let shapes = |(name, (wanted, held)): (&String, &(Vec<usize>, Vec<usize>))| {
+            format!("{name} {held:?} for {wanted:?}")
+        };
+        let kinds = [
+            (
+                "not there, so random",
+                report.missing.iter().cloned().collect(),
+            ),
+            (
+                "of another shape, so random",
+                report.mismatched.iter().map(shapes).collect(),
+            ),
+            ("not used", report.unexpected.iter().cloned().collect()),
+        ];
+        let kinds: [(&str, Vec<String>); 3] = kinds;
+        self.verbose(|| format!("{from}: {} tensors loaded", report.loaded.len()));
+        for (kind, names) in kinds.iter().filter(|(_, names)| !names.is_empty()) {
+            let count = names.len();
+            if self.verbose {
+                complain(&format!(
+                    "{from}: {count} tensors {kind}: {}",
+                    names.join(", ")
+                ));
+            } else {
+                complain(&format!("{from}: {count} tensors {kind} (-v names them)"));
+            }
         }
     }
 

@@ -188,8 +188,18 @@ pub fn closest(file: &dyn TensorSource) -> Option<&'static str> {
         // Of what either side has, how much is common.
         let either = found.wanted + held.shapes.len() - found.fitting;
         let score = found.fitting as f64 / either as f64;
-        // A table whose configuration is another row's belongs to that row.
+        // Of networks with the same backbone: a table whose configuration is another row's
+        // belongs to that row, and one of them may have no bias in its head.
         let own = found.architecture == row.architecture;
+        let head = find_head(&held, &found.table, &found.prefix, &row.architecture);
+        let bias = head.map(|h| held.shapes.contains_key(&format!("{}.bias", h.module)));
+        let head = row
+            .architecture
+            .graph(IMAGENET_CLASSES)
+            .head()
+            .parameters
+            .len();
+        let own = u8::from(own) + u8::from(bias == Some(head == 2));
         let better = best.is_none_or(|(most, was_own, _)| (score, own) > (most, was_own));
         if 2 * found.fitting > found.wanted && better {
             best = Some((score, own, row.name));

@@ -35,7 +35,7 @@ pub fn parameter(name: &str, shape: &[usize]) -> Vec<f32> {
     } else if shape.len() >= 2 {
         let fan_in: usize = shape[1..].iter().product();
         // Squeeze-and-excitation's gates would else be shut or open, and nothing between.
-        let gated = name.contains(".fc1.") || name.contains(".fc2.");
+        let gated = [".fc1.", ".fc2.", ".se."].iter().any(|g| name.contains(g));
         let gain = if gated { 0.1 } else { 1.0 };
         (0.0, (gain * (6.0 / fan_in as f64).sqrt()) as f32)
     } else if name.ends_with("weight") {

@@ -40,7 +40,7 @@ def parameter(name, shape):
     elif len(shape) >= 2:
         fan_in = int(np.prod(shape[1:]))
         # Squeeze-and-excitation's gates would else be shut or open, and nothing between.
-        gain = 0.1 if ".fc1." in name or ".fc2." in name else 1.0
+        gain = 0.1 if any(gate in name for gate in [".fc1.", ".fc2.", ".se."]) else 1.0
         values = values * np.float32(gain * (6.0 / fan_in) ** 0.5)
     elif name.endswith("weight"):  # of a norm
         values = np.float32(1) + np.float32(0.25) * values

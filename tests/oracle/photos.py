@@ -4,7 +4,8 @@ photos of assets/, and Pillow's convert("RGB") on every kind of file that is rea
     python tests/oracle/photos.py mobilenet_v2-b0353104.pth \\
         efficientnet_lite0.safetensors tf_mobilenet_v1_100.safetensors
 
-with the published file and two that weights/convert.py made of published ones;
+with the published file, EfficientNet-Lite0 under timm's names (`sconce export`) and what
+weights/convert.py makes of TensorFlow's MobileNetV1;
 writes tests/images/ (small files), tests/golden/{crops.json,photos.safetensors,images.safetensors}.
 """
 

@@ -17,7 +17,13 @@ const LEGACY_MAGIC: &[u8] = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x
 
 /// Whether these are the first bytes of a legacy stream.
 pub fn is_legacy(bytes: &[u8]) -> bool {
-    matches!(bytes, [0x80, _, rest @ ..] if rest.starts_with(LEGACY_MAGIC))
+    // The protocol's version; a frame's length from version 4 on.
+    let rest = match bytes {
+        [0x80, _, 0x95, rest @ ..] => rest.get(8..),
+        [0x80, _, rest @ ..] => Some(rest),
+        _ => None,
+    };
+    rest.is_some_and(|rest| rest.starts_with(LEGACY_MAGIC))
 }
 
 /// Bytes of a storage within the file.
@@ -85,12 +91,13 @@ pub fn read_zip(bytes: &[u8]) -> Result<HashMap<String, Entry>, String> {
 /// Reads the legacy form: five pickles (magic, protocol, system, data, keys of the storages), then
 /// for each key the number of elements and their bytes.
 pub fn read_legacy(bytes: &[u8]) -> Result<HashMap<String, Entry>, String> {
-    let mut at = LEGACY_MAGIC.len() + 2;
+    let mut at = 0;
     let mut next = || {
         let pickle = pickle::read(&bytes[at..])?;
         at += pickle.length;
         Ok::<_, String>(pickle)
     };
+    next()?;
     let protocol = next()?;
     if protocol.root != Value::Int(1001) {
         return Err("its protocol is not the one of torch.save".into());
