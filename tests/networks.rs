@@ -175,6 +175,8 @@ fn check(row: &ModelRow) {
 fn a_plan_gives_the_same_bits_with_any_number_of_threads() {
     for name in [
         "resnet18",
+        "mobilenet_v1_025",
+        "mobilenet_v2",
         "mobilenet_v3_small",
         "shufflenet_g3_w1",
         "vit_tiny_patch16_224",

@@ -131,6 +131,21 @@ pub struct Epilogue<'a> {
     pub activation: Option<Activation>,
 }
 
+/// What a layer stores, see [`Epilogue`].
+pub struct Store {
+    pub bias: Vec<f32>,
+    pub activation: Option<Activation>,
+}
+
+impl Store {
+    pub fn epilogue(&self) -> Epilogue<'_> {
+        Epilogue {
+            bias: &self.bias,
+            activation: self.activation,
+        }
+    }
+}
+
 /// Rows of a product: where each begins in the left side, in the output and in the residual.
 pub struct Rows {
     inputs: Vec<*const f32>,
@@ -148,7 +163,8 @@ impl Rows {
         }
     }
 
-    fn clear(&mut self) {
+    /// Takes all rows away.
+    pub(super) fn clear(&mut self) {
         self.inputs.clear();
         self.outputs.clear();
         self.residuals.clear();
@@ -159,6 +175,31 @@ impl Rows {
         self.inputs.push(input);
         self.outputs.push(output);
         self.residuals.extend(residual);
+    }
+
+    /// Adds `count` rows that follow each other, each pair being where the first is and how far
+    /// the next.
+    ///
+    /// # Safety
+    /// All of them lie in the same allocation as the first.
+    pub(super) unsafe fn push_line(
+        &mut self,
+        count: usize,
+        (input, input_step): (*const f32, usize),
+        (output, output_step): (*mut f32, usize),
+        residual: Option<(*const f32, usize)>,
+    ) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            self.inputs
+                .extend((0..count).map(|i| input.add(i * input_step)));
+            self.outputs
+                .extend((0..count).map(|i| output.add(i * output_step)));
+            if let Some((residual, step)) = residual {
+                self.residuals
+                    .extend((0..count).map(|i| residual.add(i * step)));
+            }
+        }
     }
 
     /// The output pixels `pixels` of a convolution over a batch, counted through all images.
@@ -189,16 +230,13 @@ impl Rows {
                 let from = window.offset(&input.layout, y, x) + channel;
                 let from = input.image(image).add(from);
                 let step = window.stride * input.layout.dims.c;
-                self.inputs.extend((0..count).map(|i| from.add(i * step)));
                 let to = output.layout.offset(y, x) + column;
                 let to = output.image(image).add(to);
-                self.outputs.extend((0..count).map(|i| to.add(i * dims.c)));
-                if let Some(residual) = residual {
+                let other = residual.map(|residual| {
                     let other = residual.layout.offset(y, x) + column;
-                    let other = residual.image(image).add(other);
-                    self.residuals
-                        .extend((0..count).map(|i| other.add(i * dims.c)));
-                }
+                    (residual.image(image).add(other), dims.c)
+                });
+                self.push_line(count, (from, step), (to, dims.c), other);
             }
             left -= count;
             (x, y) = (0, y + 1);
@@ -259,44 +297,48 @@ impl WithSimd for Product<'_> {
             // SAFETY: the contract of `gemm`.
             unsafe {
                 match panel.vectors {
-                    1 => self.panel::<S, 12, 1>(simd, panel),
-                    2 => self.panel::<S, 6, 2>(simd, panel),
-                    _ => self.panel::<S, 3, 3>(simd, panel),
+                    1 => self.narrow_panel(simd, panel),
+                    2 => self.panel(simd, panel),
+                    _ => self.wide_panel(simd, panel),
                 }
             }
         }
     }
 }
 
-impl Product<'_> {
-    /// All rows of one panel, `MR` at a time, the rest in fewer.
-    #[inline(always)]
-    unsafe fn panel<S: Simd, const MR: usize, const NV: usize>(&self, simd: S, panel: &Panel) {
-        let count = self.rows.inputs.len();
-        let mut row = 0;
-        // SAFETY: rows below `count`; the rest is the contract of `gemm`.
-        unsafe {
-            while row + MR <= count {
-                self.tile::<S, MR, NV>(simd, panel, row);
-                row += MR;
-            }
-            if MR > 6 && row + 6 <= count {
-                self.tile::<S, 6, NV>(simd, panel, row);
-                row += 6;
-            }
-            if MR > 4 && row + 4 <= count {
-                self.tile::<S, 4, NV>(simd, panel, row);
-                row += 4;
-            }
-            if row + 2 <= count {
-                self.tile::<S, 2, NV>(simd, panel, row);
-                row += 2;
-            }
-            if row < count {
-                self.tile::<S, 1, NV>(simd, panel, row);
+/// Divides `count` rows into as few tiles of at most `most` rows as can be, of sizes as equal as
+/// can be: pairs of a size and how often. Small tiles are slow, since a processor starts two
+/// multiply-adds a cycle and each takes four: 49 rows are four tiles of six and five of five.
+fn tiles(count: usize, most: usize) -> [(usize, usize); 2] {
+    let tiles = count.div_ceil(most).max(1);
+    let (size, larger) = (count / tiles, count % tiles);
+    [(size + 1, larger), (size, tiles - larger)]
+}
+
+/// All rows of one panel; the match is outside of the loop over tiles of a size.
+macro_rules! panel_in_tiles {
+    ($name:ident, $vectors:literal, most $most:literal, $($rows:literal)*) => {
+        #[inline(always)]
+        unsafe fn $name<S: Simd>(&self, simd: S, panel: &Panel) {
+            let mut row = 0;
+            for (size, times) in tiles(self.rows.inputs.len(), $most) {
+                match size {
+                    $($rows => for _ in 0..times {
+                        // SAFETY: tiles cover the rows; the rest is the contract of `gemm`.
+                        unsafe { self.tile::<S, $rows, $vectors>(simd, panel, row) };
+                        row += $rows;
+                    },)*
+                    _ => {}
+                }
             }
         }
-    }
+    };
+}
+
+impl Product<'_> {
+    panel_in_tiles!(narrow_panel, 1, most 12, 1 2 3 4 5 6 7 8 9 10 11 12);
+    panel_in_tiles!(panel, 2, most 6, 1 2 3 4 5 6);
+    panel_in_tiles!(wide_panel, 3, most 3, 1 2 3);
 
     #[inline(always)]
     unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(
@@ -332,9 +374,7 @@ impl Product<'_> {
                     }
                 }
             }
-            for (r, sums) in sums.into_iter().enumerate() {
-                self.store::<S, NV>(simd, panel, row + r, sums);
-            }
+            self.finish::<S, MR, NV>(simd, panel, row, sums);
         }
     }
 
@@ -360,46 +400,107 @@ impl Product<'_> {
         vectors
     }
 
-    /// Residual, activation and the store of one row of a tile.
+    /// Residual, activation and the store of a tile.
     #[inline(always)]
-    unsafe fn store<S: Simd, const NV: usize>(
+    unsafe fn finish<S: Simd, const MR: usize, const NV: usize>(
         &self,
         simd: S,
         panel: &Panel,
         row: usize,
-        mut sums: [S::f32s; NV],
+        mut sums: [[S::f32s; NV]; MR],
     ) {
         let lanes = S::F32_LANES;
-        let whole = panel.columns == NV * lanes;
-        // SAFETY: the contract of `gemm`; a panel that is not whole goes through a buffer.
+        // SAFETY: the contract of `gemm`.
         unsafe {
-            let output = (*self.rows.outputs.as_ptr().add(row)).add(panel.start);
-            let mut buffer = [0.0; WIDEST];
+            if panel.columns < NV * lanes {
+                return self.finish_part(simd, panel, row, &sums);
+            }
+            let outputs = self.rows.outputs.as_ptr().add(row);
             if !self.rows.residuals.is_empty() {
-                let mut residual = (*self.rows.residuals.as_ptr().add(row)).add(panel.start);
-                if !whole {
-                    std::ptr::copy_nonoverlapping(residual, buffer.as_mut_ptr(), panel.columns);
-                    residual = buffer.as_ptr();
-                }
-                for (v, sum) in sums.iter_mut().enumerate() {
-                    *sum = simd.add_f32s(*sum, load::<S>(residual.add(v * lanes)));
-                }
-            }
-            if let Some(activation) = self.epilogue.activation {
-                for sum in &mut sums {
-                    *sum = elementwise::activate_vector(simd, activation, *sum);
+                let residuals = self.rows.residuals.as_ptr().add(row);
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let residual = (*residuals.add(r)).add(panel.start);
+                    for (v, sum) in sums.iter_mut().enumerate() {
+                        *sum = simd.add_f32s(*sum, load::<S>(residual.add(v * lanes)));
+                    }
                 }
             }
-            if whole {
+            // Chosen once for the tile; what is cheap is done in registers.
+            let sums = match self.epilogue.activation {
+                None => sums,
+                Some(Activation::Relu) => activate_tile(simd, Activation::Relu, sums),
+                Some(Activation::Relu6) => activate_tile(simd, Activation::Relu6, sums),
+                Some(Activation::HardSwish) => activate_tile(simd, Activation::HardSwish, sums),
+                Some(_) => sums,
+            };
+            for (r, sums) in sums.into_iter().enumerate() {
+                let output = (*outputs.add(r)).add(panel.start);
                 for (v, sum) in sums.into_iter().enumerate() {
                     store::<S>(output.add(v * lanes), sum);
                 }
-            } else {
-                for (v, sum) in sums.into_iter().enumerate() {
-                    store::<S>(buffer.as_mut_ptr().add(v * lanes), sum);
+            }
+            if let Some(activation @ (Activation::Gelu | Activation::HardSigmoid)) =
+                self.epilogue.activation
+            {
+                for output in &self.rows.outputs[row..row + MR] {
+                    let output = output.add(panel.start);
+                    for v in 0..NV {
+                        let value = load::<S>(output.add(v * lanes));
+                        let value = elementwise::activate_vector(simd, activation, value);
+                        store::<S>(output.add(v * lanes), value);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The same where the panel is wider than the columns that are left: through a buffer.
+    #[inline(always)]
+    unsafe fn finish_part<S: Simd, const NV: usize>(
+        &self,
+        simd: S,
+        panel: &Panel,
+        row: usize,
+        sums: &[[S::f32s; NV]],
+    ) {
+        let lanes = S::F32_LANES;
+        let mut buffer = [0.0; WIDEST];
+        for (r, sums) in sums.iter().enumerate() {
+            // SAFETY: the contract of `gemm`; vectors lie in the buffer, columns in the output.
+            unsafe {
+                let output = (*self.rows.outputs.as_ptr().add(row + r)).add(panel.start);
+                if !self.rows.residuals.is_empty() {
+                    let residual = (*self.rows.residuals.as_ptr().add(row + r)).add(panel.start);
+                    std::ptr::copy_nonoverlapping(residual, buffer.as_mut_ptr(), panel.columns);
+                }
+                for (v, &sum) in sums.iter().enumerate() {
+                    let place = buffer.as_mut_ptr().add(v * lanes);
+                    let mut value = sum;
+                    if !self.rows.residuals.is_empty() {
+                        value = simd.add_f32s(value, load::<S>(place));
+                    }
+                    if let Some(activation) = self.epilogue.activation {
+                        value = elementwise::activate_vector(simd, activation, value);
+                    }
+                    store::<S>(place, value);
                 }
                 std::ptr::copy_nonoverlapping(buffer.as_ptr(), output, panel.columns);
             }
         }
     }
+}
+
+#[inline(always)]
+fn activate_tile<S: Simd, const MR: usize, const NV: usize>(
+    simd: S,
+    activation: Activation,
+    mut tile: [[S::f32s; NV]; MR],
+) -> [[S::f32s; NV]; MR] {
+    // Loops, not `map`: closures would not be compiled for the instruction set.
+    for row in &mut tile {
+        for value in row {
+            *value = elementwise::activate_vector(simd, activation, *value);
+        }
+    }
+    tile
 }

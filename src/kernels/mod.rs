@@ -20,6 +20,7 @@
 //! wholly behind the pointer, and nobody else touches the part that is written.
 
 pub mod attention;
+pub mod bottleneck;
 pub mod depthwise;
 pub mod elementwise;
 pub mod gemm;

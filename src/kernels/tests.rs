@@ -3,8 +3,9 @@
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::bottleneck::{Bottleneck, Expansion, Worker};
 use super::depthwise::Depthwise;
-use super::gemm::{Epilogue, Packed, Rows, gemm};
+use super::gemm::{Epilogue, Packed, Rows, Store, gemm};
 use super::grouped::{GROUP, Grouped};
 use super::pool::{Reduction, global_average, pool};
 use super::winograd::{Scratch, Winograd};
@@ -621,4 +622,165 @@ fn a_channel_shuffle_transposes_groups() {
     assert_eq!(out, [0., 3., 1., 4., 2., 5., 6., 9., 7., 10., 8., 11.]);
     elementwise::channel_shuffle(&input, 6, 3, &mut out);
     assert_eq!(out, [0., 2., 4., 1., 3., 5., 6., 8., 10., 7., 9., 11.]);
+}
+
+/// A store of random bias.
+fn random_store(rng: &mut ChaCha8Rng, channels: usize) -> Store {
+    Store {
+        bias: random(rng, channels),
+        activation: ACTIVATIONS[rng.random_range(0..ACTIVATIONS.len())],
+    }
+}
+
+#[test]
+fn a_bottleneck_has_the_bits_of_its_convolutions() {
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    for number in 0..300 {
+        let isa = isas()[number % 2];
+        let (expands, projects) = (number % 3 != 0, number % 5 != 0);
+        let count = rng.random_range(1..=3);
+        // The first convolution: a network's first one, or pointwise.
+        let stem = expands && number % 4 == 0;
+        let first = Window {
+            kernel: if stem { [3, 3] } else { [1, 1] },
+            stride: if stem { 2 } else { 1 },
+            before: if stem { [1, 1] } else { [0, 0] },
+        };
+        let kernel = [1, 3, 5][rng.random_range(0..3)];
+        let window = Window {
+            kernel: [kernel, kernel],
+            stride: rng.random_range(1..=2),
+            before: [rng.random_range(0..kernel), rng.random_range(0..kernel)],
+        };
+        let after = rng.random_range(0..kernel);
+        let size = [0, 1].map(|i: usize| {
+            rng.random_range(kernel.saturating_sub(window.before[i] + after).max(1)..30)
+        });
+        let [ins, wide, outs] = [20, 40, 30].map(|most| rng.random_range(1..=most));
+        let middle = [0, 1]
+            .map(|i: usize| (size[i] + window.before[i] + after - kernel) / window.stride + 1);
+        let hidden = Dims::new(size[0], size[1], wide);
+        let middle = Dims::new(middle[0], middle[1], wide);
+        let channels = if projects { outs } else { wide };
+        let output = Dims {
+            c: channels,
+            ..middle
+        };
+        let ins = if expands { ins } else { wide };
+        let input = match (expands, stem) {
+            (true, true) => Dims::new(2 * size[0], 2 * size[1], ins),
+            _ => Dims { c: ins, ..hidden },
+        };
+        let area = first.kernel[0] * first.kernel[1];
+        let weights = random(&mut rng, area * ins * wide);
+        let packed = || Packed::new(isa, area * ins, wide, |row, o| weights[row * wide + o]);
+        let projection = random(&mut rng, wide * outs);
+        let project = || Packed::new(isa, wide, outs, |row, o| projection[row * outs + o]);
+        let depthwise_weights = random(&mut rng, kernel * kernel * wide);
+        let depthwise = || Depthwise {
+            isa,
+            window,
+            weights: depthwise_weights.clone(),
+        };
+        let stores = [wide, wide, outs].map(|c| random_store(&mut rng, c));
+        let images = random(&mut rng, input.len() * count);
+        let others = random(&mut rng, output.len() * count);
+        let residual = (projects && number % 2 == 0).then_some(others);
+
+        // One convolution after the other.
+        let border = if expands {
+            first.border(input, hidden)
+        } else {
+            window.border(hidden, middle)
+        };
+        let border = border.union(random_border(&mut rng));
+        let batch = Batch::new(&images, input, border, count);
+        let residual =
+            residual.map(|values| Batch::new(&values, output, random_border(&mut rng), count));
+        let residual = residual.as_ref().map(Batch::source);
+        let mut map = Batch::empty(hidden, window.border(hidden, middle), count);
+        let mut rows = Rows::new();
+        let taps = |row: usize| (0..first.kernel[0]).map(|ky| ky * row).collect::<Vec<_>>();
+        // SAFETY: the batches hold what their dims say, and are this test's own.
+        let expected = unsafe {
+            let target = map.target();
+            if expands {
+                let pixels = 0..count * hidden.pixels();
+                let source = batch.source();
+                rows.set_pixels(pixels, &first, &source, &target, None, [0, 0]);
+                let packed = packed();
+                let taps = taps(source.layout.row_stride());
+                let panels = 0..packed.panel_count();
+                gemm(&packed, panels, &rows, &taps, stores[0].epilogue());
+            }
+            let map = if expands { &map } else { &batch };
+            let mut second = Batch::empty(middle, Border::default(), count);
+            for image in 0..count {
+                let (source, target) = (map.source(), second.target());
+                let epilogue = stores[1].epilogue();
+                depthwise().rows(&source, &target, None, epilogue, image, 0..middle.h);
+            }
+            if projects {
+                let mut third = Batch::empty(output, Border::default(), count);
+                let pixels = 0..count * output.pixels();
+                let one = Window {
+                    kernel: [1, 1],
+                    stride: 1,
+                    before: [0, 0],
+                };
+                let (source, target) = (second.source(), third.target());
+                rows.set_pixels(pixels, &one, &source, &target, residual.as_ref(), [0, 0]);
+                let packed = project();
+                let panels = 0..packed.panel_count();
+                gemm(&packed, panels, &rows, &[0], stores[2].epilogue());
+                third.images()
+            } else {
+                second.images()
+            }
+        };
+
+        let [a, b, c] = stores;
+        let expansion = expands.then(|| Expansion {
+            window: first,
+            start: 0,
+            weights: packed(),
+            store: a,
+        });
+        let block = Bottleneck::new(
+            expansion,
+            (depthwise(), b),
+            projects.then(|| (project(), c)),
+            hidden,
+            [output.h, output.w],
+        );
+        let mut result = Batch::empty(output, random_border(&mut rng), count);
+        let target = result.target();
+        let mut scratch = vec![f32::NAN; block.scratch_len()];
+        // Blocks of lines in order, then again from anywhere, as after a theft.
+        let mut blocks = Vec::new();
+        for image in 0..count {
+            let mut start = 0;
+            while start < output.h {
+                let end = (start + rng.random_range(1..=block.lines())).min(output.h);
+                blocks.push((image, start..end));
+                start = end;
+            }
+        }
+        for _ in 0..3 {
+            blocks.push(blocks[rng.random_range(0..blocks.len())].clone());
+        }
+        // SAFETY: as above.
+        unsafe {
+            let mut worker = Worker::new(&block, scratch.as_mut_ptr());
+            for (image, lines) in blocks {
+                let source = batch.source();
+                let other = residual.as_ref();
+                worker.compute(&source, &target, other, image, lines, &mut rows);
+            }
+        }
+        assert!(
+            result.images() == expected,
+            "case {number}: {window:?} {input:?} {output:?}"
+        );
+    }
 }

@@ -4,12 +4,13 @@ use candle_core::Tensor;
 use candle_nn::var_builder::VarBuilder;
 
 use super::arena::{Lifetime, ValueId};
-use super::step::{Kind, Step, Store, View};
+use super::step::{Kind, Step, View};
 use super::{Options, PlanError};
 use crate::exec::params::fetch;
 use crate::graph::{Activation, Conv2d, Graph, Node, NodeId, Op, Padding, Pool2d, Shape};
+use crate::kernels::bottleneck::{Bottleneck, Expansion};
 use crate::kernels::depthwise::Depthwise;
-use crate::kernels::gemm::Packed;
+use crate::kernels::gemm::{Packed, Store};
 use crate::kernels::grouped::{GROUP, Grouped};
 use crate::kernels::memory::Slab;
 use crate::kernels::pool::Reduction;
@@ -491,6 +492,15 @@ impl Lowering<'_> {
             let view = self.materialize(view);
             outputs.push((view.value, self.layouts[view.value].dims));
         }
+        self.fuse(&outputs);
+        let mut used = vec![false; self.layouts.len()];
+        for step in &self.steps {
+            for value in step.inputs.iter().map(|v| v.value).chain([step.output]) {
+                used[self.memory_of[value]] = true;
+            }
+        }
+        let input = self.value_of[self.graph.input().index()].expect("the input is a value");
+        used[input.value] = true;
         let mut lifetimes: Vec<Lifetime> = self
             .layouts
             .iter()
@@ -498,7 +508,7 @@ impl Lowering<'_> {
             .map(|(value, layout)| Lifetime {
                 first: 0,
                 last: 0,
-                len: if self.memory_of[value] == value {
+                len: if self.memory_of[value] == value && used[value] {
                     layout.len()
                 } else {
                     0
@@ -514,7 +524,6 @@ impl Lowering<'_> {
         for &(value, _) in &outputs {
             lifetimes[self.memory_of[value]].last = self.steps.len();
         }
-        let input = self.value_of[self.graph.input().index()].expect("the input is a value");
         Lowered {
             steps: self.steps,
             lifetimes,
@@ -523,6 +532,112 @@ impl Lowering<'_> {
             weights: self.slab.stored(),
             input: input.value,
             outputs,
+        }
+    }
+}
+
+/// Depthwise convolutions that write smaller maps stay steps of their own: such maps are in the
+/// cache anyway, and have too few lines to share.
+const FUSED_LINES: usize = 14;
+
+impl Lowering<'_> {
+    /// Makes one step of each depthwise convolution, the convolution that it alone reads from, and
+    /// the pointwise one that alone reads from it.
+    fn fuse(&mut self, outputs: &[(ValueId, Dims)]) {
+        let mut readers = vec![0; self.layouts.len()];
+        let views = self.steps.iter().flat_map(|s| &s.inputs);
+        let values = views.map(|v| v.value).chain(outputs.iter().map(|o| o.0));
+        for value in values {
+            readers[value] += 1;
+        }
+        // Memory that has another name too is read under that name.
+        for (value, &memory) in self.memory_of.iter().enumerate() {
+            readers[memory] += usize::from(memory != value);
+        }
+        let mut steps = std::mem::take(&mut self.steps).into_iter().peekable();
+        while let Some(step) = steps.next() {
+            // Whether the next step alone reads all of what this one gives.
+            let leads_to = |step: &Step, next: &Step| {
+                next.inputs[0] == self.whole(step.output) && readers[step.output] == 1
+            };
+            let worth = |dims: Dims| dims.h >= FUSED_LINES;
+            let is_depthwise = |step: &Step| {
+                matches!(step.kind, Kind::Depthwise { .. })
+                    && step.inputs.len() == 1
+                    && worth(self.layouts[step.output].dims)
+            };
+            let expands = |step: &Step| match &step.kind {
+                Kind::Conv { window, groups, .. } => {
+                    let view = step.inputs[0];
+                    let whole = view == self.whole(view.value) || window.kernel == [1, 1];
+                    step.inputs.len() == 1 && groups.len() == 1 && whole
+                }
+                _ => false,
+            };
+            let projects = |step: &Step| match &step.kind {
+                Kind::Conv { window, groups, .. } => {
+                    window.kernel == [1, 1] && window.stride == 1 && groups.len() == 1
+                }
+                _ => false,
+            };
+            let (expand, depthwise) = if is_depthwise(&step) {
+                (None, step)
+            } else if expands(&step)
+                && let Some(next) =
+                    steps.next_if(|next| is_depthwise(next) && leads_to(&step, next))
+            {
+                (Some(step), next)
+            } else {
+                self.steps.push(step);
+                continue;
+            };
+            let project = steps.next_if(|next| projects(next) && leads_to(&depthwise, next));
+            let step = match (expand, project) {
+                (None, None) => depthwise,
+                (expand, project) => self.bottleneck(expand, depthwise, project),
+            };
+            self.steps.push(step);
+        }
+    }
+
+    /// One step of several: see [`Bottleneck`].
+    fn bottleneck(&self, expand: Option<Step>, depthwise: Step, project: Option<Step>) -> Step {
+        let hidden = self.layouts[depthwise.inputs[0].value].dims;
+        let Dims { h, w, .. } = self.layouts[depthwise.output].dims;
+        let product = |step: Step| match step.kind {
+            Kind::Conv {
+                window,
+                mut groups,
+                store,
+            } => (window, groups.swap_remove(0), store),
+            _ => unreachable!("chosen as a product"),
+        };
+        let mut inputs = vec![expand.as_ref().unwrap_or(&depthwise).inputs[0]];
+        let last = project.as_ref().unwrap_or(&depthwise);
+        inputs.extend(last.inputs.get(1));
+        let output = last.output;
+        let name = expand.as_ref().unwrap_or(&depthwise).name.clone();
+        let expansion = expand
+            .map(product)
+            .map(|(window, weights, store)| Expansion {
+                window,
+                start: inputs[0].start,
+                weights,
+                store,
+            });
+        let projection = project
+            .map(product)
+            .map(|(_, weights, store)| (weights, store));
+        let Kind::Depthwise { conv, store } = depthwise.kind else {
+            unreachable!("chosen as a depthwise convolution")
+        };
+        let block = Bottleneck::new(expansion, (conv, store), projection, hidden, [h, w]);
+        Step {
+            name,
+            kind: Kind::Bottleneck(Box::new(block)),
+            isa: depthwise.isa,
+            inputs,
+            output,
         }
     }
 }
@@ -615,8 +730,8 @@ mod tests {
     fn a_residual_network_is_its_convolutions_and_pools() {
         // 20 convolutions, max-pool, average, linear: nothing else is left.
         assert_eq!(kinds("resnet18", &[]), 23);
-        // 52 convolutions, average, linear.
-        assert_eq!(kinds("mobilenet_v2", &[]), 54);
+        // 52 convolutions, average, linear; three blocks have maps wide enough to be one step.
+        assert_eq!(kinds("mobilenet_v2", &[]), 54 - 3 * 2);
     }
 
     #[test]
@@ -624,5 +739,9 @@ mod tests {
         let whole = kinds("resnet18", &[]);
         assert_eq!(kinds("resnet18", &["layer1.0.conv1"]), whole + 2);
         assert_eq!(kinds("resnet18", &["layer1.0.relu"]), whole);
+        let whole = kinds("mobilenet_v2", &[]);
+        // Expansion and depthwise convolution of that block are steps of their own again, the
+        // latter with its projection.
+        assert_eq!(kinds("mobilenet_v2", &["features.2.conv.0.2"]), whole + 1);
     }
 }

@@ -15,6 +15,7 @@
 mod arena;
 mod lower;
 mod pool;
+mod shares;
 mod step;
 
 use std::time::{Duration, Instant};

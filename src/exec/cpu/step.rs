@@ -5,9 +5,11 @@ use std::ops::Range;
 
 use super::arena::ValueId;
 use super::pool::Pool;
+use super::shares::Shares;
 use crate::graph::Activation;
+use crate::kernels::bottleneck::{self, Bottleneck};
 use crate::kernels::depthwise::Depthwise;
-use crate::kernels::gemm::{Epilogue, Packed, Rows, gemm};
+use crate::kernels::gemm::{Epilogue, Packed, Rows, Store, gemm};
 use crate::kernels::grouped::Grouped;
 use crate::kernels::memory::Buffer;
 use crate::kernels::pool::{Reduction, global_average, pool};
@@ -33,14 +35,9 @@ pub(super) struct View {
     pub channels: usize,
 }
 
-/// What is stored after a convolution or linear layer: its sum plus bias, plus the step's second
-/// input where it has one, through the activation.
-pub(super) struct Store {
-    pub bias: Vec<f32>,
-    pub activation: Option<Activation>,
-}
-
 pub(super) enum Kind {
+    // A convolution or linear layer stores its sum plus bias, plus the step's second input where it
+    // has one, through the activation.
     /// Also linear layers, as convolutions over the tokens (or the one pixel).
     Conv {
         window: Window,
@@ -61,6 +58,8 @@ pub(super) enum Kind {
         conv: Grouped,
         store: Store,
     },
+    /// A depthwise convolution with those before and after it.
+    Bottleneck(Box<Bottleneck>),
     /// A batch norm that follows no convolution.
     ScaleShift {
         scale: Vec<f32>,
@@ -122,15 +121,6 @@ const BLOCK_VALUES: usize = 48 << 10;
 /// Scratch values for a chunk of Winograd tiles.
 const CHUNK_VALUES: usize = 1 << 20;
 
-impl Store {
-    fn epilogue(&self) -> Epilogue<'_> {
-        Epilogue {
-            bias: &self.bias,
-            activation: self.activation,
-        }
-    }
-}
-
 impl Kind {
     /// What it is, for a list of timings.
     pub fn label(&self) -> &'static str {
@@ -139,6 +129,7 @@ impl Kind {
             Kind::Winograd { .. } => "winograd",
             Kind::Depthwise { .. } => "depthwise",
             Kind::Grouped { .. } => "grouped",
+            Kind::Bottleneck(_) => "bottleneck",
             Kind::ScaleShift { .. } => "scale and shift",
             Kind::Activation(_) => "activation",
             Kind::Add => "add",
@@ -200,6 +191,7 @@ impl Step {
                     conv.rows(&inputs[0], &output, residual, store.epilogue(), image, rows);
                 }
             }),
+            Kind::Bottleneck(block) => run.bottleneck(block, scratch),
             Kind::ScaleShift { scale, shift } => run.for_rows(|image, y, out| {
                 elementwise::scale_shift(isa, run.row(0, image, y), scale, shift, out);
             }),
@@ -289,6 +281,23 @@ impl Step {
                 out.copy_from_slice(run.row(0, image, *index));
             }),
         }
+    }
+}
+
+/// Working memory that tasks divide among themselves.
+struct Memory(*mut f32);
+
+// SAFETY: an address; tasks use parts of their own.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    /// Where a part begins.
+    ///
+    /// # Safety
+    /// It lies in the memory.
+    unsafe fn at(&self, offset: usize) -> *mut f32 {
+        // SAFETY: as the caller promises.
+        unsafe { self.0.add(offset) }
     }
 }
 
@@ -418,6 +427,33 @@ impl Run<'_> {
             }
         }
         best.1
+    }
+
+    fn bottleneck(&self, block: &Bottleneck, scratch: &mut Buffer) {
+        let Self { inputs, output, .. } = *self;
+        let height = output.layout.dims.h;
+        let lines = self.count * height;
+        let workers = self.threads.threads().min(lines);
+        // No two workers write to one cache line.
+        let each = block.scratch_len().next_multiple_of(64);
+        scratch.reserve(workers * each);
+        let memory = Memory(scratch.write(0..workers * each).as_mut_ptr());
+        let shares = Shares::new(lines, workers);
+        self.tasks(workers, |index| {
+            SCRATCH.with_borrow_mut(|Scratch { rows, .. }| {
+                // SAFETY: the kernels' contract, see `Step::run`; each worker has its own part of
+                // the memory, and lines that no other worker gets.
+                unsafe {
+                    let mut worker = bottleneck::Worker::new(block, memory.at(index * each));
+                    while let Some(lines) = shares.next(index, block.lines(), height) {
+                        let image = lines.start / height;
+                        let lines = lines.start - image * height..lines.end - image * height;
+                        let residual = inputs.get(1);
+                        worker.compute(&inputs[0], &output, residual, image, lines, rows);
+                    }
+                }
+            });
+        });
     }
 
     fn winograd(&self, conv: &Winograd, store: &Store, scratch: &mut Buffer) {
