@@ -4,6 +4,7 @@
 mod bench;
 mod classify;
 mod completions;
+mod export;
 mod models;
 
 use std::io::{self, IsTerminal, Write};
@@ -28,7 +29,8 @@ use crate::weights::{Model, Request, WeightsChoice};
   sconce classify photos/ --format jsonl  every image below a folder, a line of JSON each
   sconce models                           the networks, their size and accuracy
   sconce models resnet18                  one network, layer by layer
-  sconce bench -m resnet18                how fast is it here?"
+  sconce bench -m resnet18                how fast is it here?
+  sconce export -m resnet18 --to onnx -o resnet18.onnx"
 )]
 pub struct Cli {
     #[command(flatten)]
@@ -42,6 +44,7 @@ enum Command {
     Classify(classify::Arguments),
     Models(models::Arguments),
     Bench(bench::Arguments),
+    Export(export::Arguments),
     Completions(completions::Arguments),
 }
 
@@ -140,6 +143,7 @@ impl Cli {
             Command::Classify(arguments) => classify::run(&self.global, arguments),
             Command::Models(arguments) => models::run(&self.global, &arguments),
             Command::Bench(arguments) => bench::run(&self.global, &arguments),
+            Command::Export(arguments) => export::run(&self.global, &arguments),
             Command::Completions(arguments) => completions::run(&arguments),
         }
     }

@@ -38,15 +38,19 @@
 //! [`Params`]: crate::exec::params::Params
 
 mod dialects;
+mod export;
 mod fit;
 mod formats;
 mod labels;
 mod model_file;
 mod resolve;
+mod write;
 
 pub use dialects::Dialect;
+pub use export::{DType, ExportError};
 pub use fit::{FitError, Fitted, Head, closest, fit};
 pub use formats::{Checkpoint, WeightsError};
 pub use labels::{LabelsError, imagenet_labels, read_labels};
 pub use model_file::{Description, FORMAT_VERSION};
 pub use resolve::{Model, ModelError, Request, WeightsChoice, resolve, resolve_for_training};
+pub use write::{write_tensors, write_whole};
