@@ -10,4 +10,5 @@ pub mod graph;
 pub mod kernels;
 pub mod models;
 pub mod report;
+pub mod train;
 pub mod weights;

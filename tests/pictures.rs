@@ -140,7 +140,7 @@ fn logits(name: &str, network: &str, weights: WeightsChoice) -> Vec<f32> {
     let mut runner = model
         .runner(&candle_core::Device::Cpu, [224; 2], Options::threads(2))
         .unwrap();
-    runner.logits(&pixels, 1).unwrap()
+    runner.run(&pixels, 1).unwrap()
 }
 
 fn largest_difference(a: &[f32], b: &[f32]) -> f32 {

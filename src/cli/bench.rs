@@ -72,14 +72,14 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         .map_or(model.preprocessing.crop, NonZeroUsize::get);
     let mut runner = model.runner(&device, [size; 2], global.plan_options())?;
     let count = arguments.batch_size.get();
-    let mut rng = ChaCha8Rng::seed_from_u64(global.seed);
+    let mut rng = ChaCha8Rng::seed_from_u64(global.seed());
     let images: Vec<f32> = (0..count * size * size * 3)
         .map(|_| rng.random_range(-2.0..2.0))
         .collect();
     let mut times = Vec::new();
     let mut pass = || -> anyhow::Result<f64> {
         let started = Instant::now();
-        runner.logits(&images, count)?;
+        runner.run(&images, count)?;
         Ok(started.elapsed().as_secs_f64() * 1e3)
     };
     for _ in 0..WARM_UP {

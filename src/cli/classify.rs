@@ -193,7 +193,7 @@ impl<W: io::Write> Work<W> {
         loop {
             let wait = (!pending.is_empty()).then_some(PATIENCE);
             match loader.next(wait) {
-                Next::Image(image) => pending.push(image),
+                Next::Item(image) => pending.push(image),
                 Next::Waiting => self.batch(&mut pending)?,
                 Next::End => return self.batch(&mut pending),
             }
@@ -240,14 +240,14 @@ impl<W: io::Write> Work<W> {
             return Ok(Vec::new());
         }
         let batch: Vec<f32> = images.iter().flat_map(|i| &i.pixels).copied().collect();
-        let mut logits = self.runner.logits(&batch, images.len())?;
+        let mut logits = self.runner.run(&batch, images.len())?;
         if self.tta {
             let crop = self.model.preprocessing.crop;
             let mirrored: Vec<f32> = images
                 .iter()
                 .flat_map(|i| mirror(&i.pixels, crop))
                 .collect();
-            let others = self.runner.logits(&mirrored, images.len())?;
+            let others = self.runner.run(&mirrored, images.len())?;
             for (logit, other) in logits.iter_mut().zip(others) {
                 *logit = (*logit + other) / 2.0;
             }

@@ -4,7 +4,7 @@
 mod bench;
 mod classify;
 mod completions;
-mod export;
+mod finetune;
 mod models;
 
 use std::io::{self, IsTerminal, Write};
@@ -18,7 +18,7 @@ use crate::exec::DeviceChoice;
 use crate::exec::cpu::Options;
 use crate::weights::{Model, Request, WeightsChoice};
 
-/// Classify images, and look at the networks that do it.
+/// Classify images, teach networks new classes, and look at them.
 #[derive(Debug, Parser)]
 #[command(
     name = "sconce",
@@ -27,10 +27,10 @@ use crate::weights::{Model, Request, WeightsChoice};
     after_help = "Examples:
   sconce classify photo.jpg               what is in this photo?
   sconce classify photos/ --format jsonl  every image below a folder, a line of JSON each
+  sconce finetune flowers/                teach a network the folders' names
   sconce models                           the networks, their size and accuracy
   sconce models resnet18                  one network, layer by layer
-  sconce bench -m resnet18                how fast is it here?
-  sconce export -m resnet18 --to onnx -o resnet18.onnx"
+  sconce bench -m resnet18                how fast is it here?"
 )]
 pub struct Cli {
     #[command(flatten)]
@@ -42,9 +42,9 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Classify(classify::Arguments),
+    Finetune(Box<finetune::Arguments>),
     Models(models::Arguments),
     Bench(bench::Arguments),
-    Export(export::Arguments),
     Completions(completions::Arguments),
 }
 
@@ -53,14 +53,9 @@ enum Command {
 #[command(next_help_heading = "Common options")]
 struct Global {
     /// Network: a name (see `sconce models`), NAME.TAG for one of several weights, or a model file
-    #[arg(
-        short,
-        long,
-        global = true,
-        value_name = "NAME|FILE",
-        default_value = "mobilenet_v2"
-    )]
-    model: String,
+    /// [default: mobilenet_v2]
+    #[arg(short, long, global = true, value_name = "NAME|FILE")]
+    model: Option<String>,
     /// Other weights for the network: a file of safetensors or PyTorch, or `none` for random ones
     #[arg(long, global = true, value_name = "FILE|none")]
     weights: Option<PathBuf>,
@@ -76,9 +71,9 @@ struct Global {
     /// Turn off every shortcut that changes digits
     #[arg(long, global = true)]
     exact: bool,
-    /// Seed of everything random
-    #[arg(long, global = true, value_name = "N", default_value_t = 0)]
-    seed: u64,
+    /// Seed of everything random [default: 0]
+    #[arg(long, global = true, value_name = "N")]
+    seed: Option<u64>,
     /// No progress and no notes
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     quiet: bool,
@@ -89,6 +84,9 @@ struct Global {
     #[arg(long, global = true, value_enum, value_name = "WHEN", default_value_t = Color::Auto)]
     color: Color,
 }
+
+/// The network that is part of the program.
+const DEFAULT_MODEL: &str = "mobilenet_v2";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Color {
@@ -112,6 +110,8 @@ pub enum Outcome {
     SomeFailed,
     /// Every input failed.
     NothingDone,
+    /// Ended early as asked for, with everything saved.
+    Interrupted,
 }
 
 impl Outcome {
@@ -129,6 +129,7 @@ impl Outcome {
             Outcome::AllDone => 0,
             Outcome::SomeFailed => 1,
             Outcome::NothingDone => 2,
+            Outcome::Interrupted => 130,
         }
     }
 }
@@ -141,9 +142,9 @@ impl Cli {
     pub fn run(self) -> anyhow::Result<Outcome> {
         match self.command {
             Command::Classify(arguments) => classify::run(&self.global, arguments),
+            Command::Finetune(arguments) => finetune::run(&self.global, &arguments),
             Command::Models(arguments) => models::run(&self.global, &arguments),
             Command::Bench(arguments) => bench::run(&self.global, &arguments),
-            Command::Export(arguments) => export::run(&self.global, &arguments),
             Command::Completions(arguments) => completions::run(&arguments),
         }
     }
@@ -157,11 +158,15 @@ impl Global {
             Some(path) => WeightsChoice::File(path.clone()),
         };
         Request {
-            model: self.model.clone(),
+            model: self.model.as_deref().unwrap_or(DEFAULT_MODEL).to_string(),
             weights,
             labels: self.labels.clone(),
-            seed: self.seed,
+            seed: self.seed(),
         }
+    }
+
+    fn seed(&self) -> u64 {
+        self.seed.unwrap_or(0)
     }
 
     /// As asked for, else the cores that this process may use.

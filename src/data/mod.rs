@@ -1,12 +1,28 @@
-//! Images in: finding them, decoding, and the preprocessing that a network was trained with.
+//! Images in: finding them, decoding, the preprocessing that a network was trained with, data sets
+//! and batches to train on.
 
+mod augment;
+mod batches;
+mod dataset;
 mod decode;
+mod idx;
 mod input;
 mod loader;
+mod pipeline;
 mod preprocess;
+mod random;
 mod resize;
 
+pub use augment::{Augment, random_part, resized_part};
+pub use batches::{Batch, BatchPlan, Batches, Skipped};
+pub use dataset::{Dataset, DatasetError, Picture, Sample};
 pub use decode::{Decoder, ImageError, Rgb, parse_color};
+pub use idx::{IdxError, IdxImages};
 pub use input::{Input, InputError, Inputs, PathList};
-pub use loader::{Loaded, Loader, Next, Prepared, THREAD_NAME};
-pub use preprocess::{crop_pixels, mirror, prepare};
+pub use loader::{Loaded, Loader, Prepared};
+pub use pipeline::{Next, THREAD_NAME};
+pub use preprocess::{crop_pixels, mirror, normalize, prepare};
+pub use random::{Purpose, generator};
+
+/// Files of more bytes are not read.
+const MAX_FILE_BYTES: u64 = 512 << 20;

@@ -31,8 +31,12 @@ pub fn crop_pixels(image: &Rgb, preprocessing: &Preprocessing) -> Vec<u8> {
 
 /// A network's input `[crop, crop, 3]`.
 pub fn prepare(image: &Rgb, preprocessing: &Preprocessing) -> Vec<f32> {
+    normalize(&crop_pixels(image, preprocessing), preprocessing)
+}
+
+/// 8-bit pixels `[.., 3]` scaled to [0, 1] and normalised.
+pub fn normalize(pixels: &[u8], preprocessing: &Preprocessing) -> Vec<f32> {
     let Preprocessing { mean, std, .. } = preprocessing;
-    let pixels = crop_pixels(image, preprocessing);
     let normalized =
         |(i, &value): (usize, &u8)| (f32::from(value) / 255.0 - mean[i % 3]) / std[i % 3];
     pixels.iter().enumerate().map(normalized).collect()

@@ -217,15 +217,7 @@ impl Eager {
             Op::GlobalAvgPool => x.mean_keepdim((2, 3)),
             Op::Flatten => x.flatten_from(1),
             Op::Dropout { p } => match mode {
-                Mode::Train(training) if training.dropout && p > 0.0 => {
-                    let keep = 1.0 - p;
-                    let scale = |_| {
-                        let kept = training.rng.random::<f64>() < keep;
-                        if kept { (1.0 / keep) as f32 } else { 0.0 }
-                    };
-                    let mask: Vec<f32> = (0..x.elem_count()).map(scale).collect();
-                    x * Tensor::from_vec(mask, x.shape(), x.device())?
-                }
+                Mode::Train(training) if training.dropout => dropout(x, p, &mut training.rng),
                 _ => Ok(x.clone()),
             },
             Op::Linear { .. } => linear(x, &parameters[0], parameters.get(1)),
@@ -291,6 +283,20 @@ impl Eager {
             Op::SelectToken { index } => x.narrow(1, index, 1)?.squeeze(1)?.contiguous(),
         }
     }
+}
+
+/// Random zeros at the rate `p`, drawn in the order of the elements; the rest is scaled up.
+pub(super) fn dropout(x: &Tensor, p: f64, rng: &mut ChaCha8Rng) -> Result<Tensor> {
+    if p <= 0.0 {
+        return Ok(x.clone());
+    }
+    let keep = 1.0 - p;
+    let scale = |_| {
+        let kept = rng.random::<f64>() < keep;
+        if kept { (1.0 / keep) as f32 } else { 0.0 }
+    };
+    let mask: Vec<f32> = (0..x.elem_count()).map(scale).collect();
+    x * Tensor::from_vec(mask, x.shape(), x.device())?
 }
 
 fn four(parameters: &[Tensor]) -> [&Tensor; 4] {

@@ -11,4 +11,4 @@ mod step;
 
 pub use device::{DeviceChoice, DeviceError};
 pub use runner::Runner;
-pub use step::{EagerStep, TrainingStep, Variables};
+pub use step::{EagerStep, HeadStep, TrainingStep, Variables, head_logits, training_step};

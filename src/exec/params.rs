@@ -28,6 +28,26 @@ pub trait TensorSource: Send + Sync {
     fn read(&self, name: &str) -> candle_core::Result<Vec<f32>>;
 }
 
+/// Tensors in memory.
+pub struct TensorMap(pub BTreeMap<String, Tensor>);
+
+impl TensorSource for TensorMap {
+    fn names(&self) -> Vec<String> {
+        self.0.keys().cloned().collect()
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.0.get(name).map(|t| t.dims().to_vec())
+    }
+
+    fn read(&self, name: &str) -> candle_core::Result<Vec<f32>> {
+        match self.0.get(name) {
+            Some(tensor) => tensor.flatten_all()?.to_vec1(),
+            None => Err(candle_core::Error::CannotFindTensor { path: name.into() }),
+        }
+    }
+}
+
 /// How the names that a network asked for met the names that the weights hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LoadReport {

@@ -2,8 +2,8 @@ use candle_core::{Device, Tensor};
 use candle_nn::var_builder::VarBuilder;
 
 use super::cpu::{Options, Plan, PlanError};
-use super::eager::Eager;
-use crate::graph::Graph;
+use super::eager::{Eager, Mode, Observed};
+use crate::graph::{Graph, NodeId};
 
 /// A network ready to classify images of one size, on whichever device: the compiled plan on the
 /// CPU, candle's operations elsewhere.
@@ -14,11 +14,12 @@ pub struct Runner {
 
 enum Engine {
     Cpu(Box<Plan>),
-    Device(Eager, Device),
+    Device(Eager, Device, NodeId),
 }
 
 impl Runner {
-    /// Prepares the network for images of `size` `[H, W]`; `options` count on the CPU only.
+    /// Prepares the network for images of `size` `[H, W]`; `options` count on the CPU only. What
+    /// it gives is the value of `output`: logits, or those of a node before them.
     ///
     /// # Errors
     /// As [`Plan::compile`], or where the device refuses.
@@ -26,10 +27,10 @@ impl Runner {
         graph: Graph,
         vb: &VarBuilder,
         size: [usize; 2],
+        output: NodeId,
         options: Options,
     ) -> Result<Self, PlanError> {
         let engine = if vb.device().is_cpu() {
-            let output = graph.output();
             Engine::Cpu(Box::new(Plan::compile(
                 &graph,
                 vb,
@@ -39,7 +40,7 @@ impl Runner {
             )?))
         } else {
             graph.shapes(size[0], size[1])?;
-            Engine::Device(Eager::new(graph, vb)?, vb.device().clone())
+            Engine::Device(Eager::new(graph, vb)?, vb.device().clone(), output)
         };
         Ok(Self { engine, size })
     }
@@ -52,22 +53,34 @@ impl Runner {
         }
     }
 
-    /// Logits `[count, classes]` of images `[count, H, W, 3]`.
+    /// The output, `[count, features]` where it is a vector, of images `[count, H, W, 3]`.
     ///
     /// # Errors
     /// Where the device fails.
-    pub fn logits(&mut self, images: &[f32], count: usize) -> candle_core::Result<Vec<f32>> {
+    pub fn run(&mut self, images: &[f32], count: usize) -> candle_core::Result<Vec<f32>> {
         match &mut self.engine {
             Engine::Cpu(plan) => {
                 plan.run(images, count);
                 Ok(plan.output(0).to_vec())
             }
-            Engine::Device(eager, device) => {
+            Engine::Device(eager, device, output) => {
                 let [h, w] = self.size;
                 let images = Tensor::from_slice(images, (count, h, w, 3), device)?
                     .permute((0, 3, 1, 2))?
                     .contiguous()?;
-                eager.forward(&images)?.flatten_all()?.to_vec1()
+                let mut found = None;
+                eager.forward_observed(&images, Mode::Eval, &mut |id, observed| {
+                    if let Observed::Output(value) = observed
+                        && id == *output
+                    {
+                        found = Some(value.clone());
+                    }
+                    Ok(())
+                })?;
+                match found {
+                    Some(value) => value.flatten_all()?.to_vec1(),
+                    None => Ok(Vec::new()),
+                }
             }
         }
     }

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor, Var, bail};
 use candle_nn::var_builder::VarBuilder;
 use rand_chacha::ChaCha8Rng;
 
-use super::eager::{Eager, Mode, Training};
+use super::eager::{self, Eager, Mode, Training};
 use super::params::fetch;
 use crate::graph::{Graph, Op};
 
@@ -169,6 +169,86 @@ impl TrainingStep for EagerStep {
             sink(index, gradient)?;
         }
         Ok(())
+    }
+}
+
+/// The way to train a network on a device.
+///
+/// # Errors
+/// Where `variables` are those of another graph.
+pub fn training_step(graph: Graph, variables: &Variables) -> Result<Box<dyn TrainingStep>> {
+    Ok(Box::new(EagerStep::new(graph, variables)?))
+}
+
+/// [`TrainingStep`] of the head alone: dropout and a linear layer over features `[N, F]`, which
+/// take the place of the images.
+pub struct HeadStep {
+    parameters: Vec<(String, Var)>,
+    dropout: f64,
+    /// The features of the last `forward`, after dropout.
+    features: Option<Tensor>,
+}
+
+impl HeadStep {
+    /// # Errors
+    /// Where the head's tensors are not among those that are trained.
+    pub fn new(graph: &Graph, variables: &Variables) -> Result<Self> {
+        let head = graph.head();
+        let parameters = variables.parameters().to_vec();
+        let names = parameters.iter().map(|(name, _)| name);
+        if !names.eq(head.parameters.iter().map(|p| &p.name)) {
+            bail!("{} and nothing else is to be trained", head.name);
+        }
+        Ok(Self {
+            parameters,
+            dropout: graph.features().1,
+            features: None,
+        })
+    }
+}
+
+/// The logits `[N, classes]` of features `[N, F]`, by a head's weight `[classes, F]` and bias.
+///
+/// # Errors
+/// Where shapes disagree.
+pub fn head_logits(features: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let logits = features.matmul(&weight.t()?)?;
+    match bias {
+        Some(bias) => logits.broadcast_add(bias),
+        None => Ok(logits),
+    }
+}
+
+impl TrainingStep for HeadStep {
+    fn parameters(&self) -> &[(String, Var)] {
+        &self.parameters
+    }
+
+    fn buffers(&self) -> &[(String, Var)] {
+        &[]
+    }
+
+    fn forward(&mut self, features: &Tensor, generator: &mut ChaCha8Rng) -> Result<Tensor> {
+        let features = eager::dropout(&features.detach(), self.dropout, generator)?;
+        let values = self.parameters.iter().map(|(_, v)| v.as_detached_tensor());
+        let values: Vec<Tensor> = values.collect();
+        let logits = head_logits(&features, &values[0], values.get(1))?;
+        self.features = Some(features);
+        Ok(logits)
+    }
+
+    fn backward(
+        &mut self,
+        logits_gradient: &Tensor,
+        sink: &mut dyn FnMut(usize, Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let Some(features) = self.features.take() else {
+            bail!("backward without a forward pass before it");
+        };
+        if self.parameters.len() > 1 {
+            sink(1, logits_gradient.sum(0)?)?;
+        }
+        sink(0, logits_gradient.t()?.matmul(&features)?)
     }
 }
 

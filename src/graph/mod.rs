@@ -8,11 +8,13 @@ mod builder;
 mod cost;
 mod op;
 mod shape;
+mod stages;
 
 pub use builder::{Builder, InitScheme, Norm};
 pub use cost::{Cost, Costs};
 pub use op::{Activation, Conv2d, Init, Op, Padding, Parameter, Pool2d, PositionInterpolation};
 pub use shape::Shape;
+pub use stages::Stage;
 
 /// Index of a node in its [`Graph`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -88,6 +90,20 @@ impl Graph {
             .iter()
             .rfind(|n| matches!(n.op, Op::Linear { .. }))
             .expect("every network ends in a linear layer")
+    }
+
+    /// The node whose value the head classifies, and the rate of the dropout between them.
+    pub fn features(&self) -> (NodeId, f64) {
+        let mut node = self.head();
+        let mut rate = 0.0;
+        loop {
+            let input = node.inputs[0];
+            node = self.node(input);
+            match node.op {
+                Op::Dropout { p } => rate = 1.0 - (1.0 - rate) * (1.0 - p),
+                _ => return (input, rate),
+            }
+        }
     }
 
     /// Number of classes that the head tells apart.

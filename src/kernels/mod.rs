@@ -28,6 +28,7 @@ pub mod grouped;
 mod isa;
 pub mod memory;
 pub mod norm;
+pub mod optimizer;
 pub mod pool;
 pub mod resample;
 pub mod winograd;

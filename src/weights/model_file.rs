@@ -34,6 +34,9 @@ impl Description {
         #[derive(Deserialize)]
         struct Version {
             format_version: u32,
+            /// Checkpoints of training have it.
+            #[serde(default)]
+            training: Option<serde::de::IgnoredAny>,
         }
         // The version first: a file of tomorrow may say things that today's parser cannot take.
         let version: Version = serde_json::from_str(text).map_err(|e| e.to_string())?;
@@ -42,6 +45,11 @@ impl Description {
                 "format version {}, the newest known is {FORMAT_VERSION}",
                 version.format_version
             ));
+        }
+        if version.training.is_some() {
+            return Err(
+                "it is a checkpoint of training; model.safetensors beside it is the model".into(),
+            );
         }
         let description: Self = serde_json::from_str(text).map_err(|e| e.to_string())?;
         description.architecture.check()?;

@@ -330,6 +330,7 @@ impl Model {
     ) -> Result<Runner, ModelError> {
         let params = Params::new(self.source.clone(), self.seed);
         let vb = params.var_builder(device);
-        Ok(Runner::new(self.graph.clone(), &vb, size, options)?)
+        let output = self.graph.output();
+        Ok(Runner::new(self.graph.clone(), &vb, size, output, options)?)
     }
 }

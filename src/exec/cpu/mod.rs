@@ -26,7 +26,7 @@ use crate::graph::{Graph, GraphError, NodeId};
 use crate::kernels::memory::Buffer;
 use crate::kernels::{Dims, Isa, Layout, Source, Target};
 use arena::{Slot, ValueId};
-use pool::Pool;
+pub use pool::Pool;
 use step::Step;
 
 /// A network compiled for one input size.

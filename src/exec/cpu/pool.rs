@@ -19,7 +19,7 @@ const SPINS: usize = 2_000;
 type Task<'a> = &'a (dyn Fn(usize) + Sync);
 
 /// The threads; the one that calls [`Pool::run`] works too.
-pub(super) struct Pool {
+pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     /// One step at a time.
@@ -62,6 +62,19 @@ impl Pool {
     /// How many threads work, the caller's included.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// Runs `task` for every part and waits for all of them.
+    ///
+    /// # Panics
+    /// Where a task does.
+    pub fn each<T: Send>(&self, parts: Vec<T>, task: impl Fn(T) + Sync) {
+        let parts: Vec<Mutex<Option<T>>> = parts.into_iter().map(|p| Mutex::new(Some(p))).collect();
+        self.run(parts.len(), |index| {
+            if let Some(part) = lock(&parts[index]).take() {
+                task(part);
+            }
+        });
     }
 
     /// Runs `task` for every index below `count` and waits for all of them.

@@ -26,8 +26,6 @@ pub enum Dialect {
     /// The code that a network's authors published, or a port of it.
     Authors,
     Pytorchcv,
-    /// Our names for a network that the library they come from does not have.
-    Sconce,
 }
 
 impl fmt::Display for Dialect {
@@ -38,7 +36,6 @@ impl fmt::Display for Dialect {
             Dialect::Transformers => "transformers",
             Dialect::Authors => "the authors' code",
             Dialect::Pytorchcv => "pytorchcv",
-            Dialect::Sconce => "sconce",
         })
     }
 }

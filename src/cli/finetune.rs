@@ -1,0 +1,733 @@
+use std::fs;
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Args, ValueEnum};
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+use serde::Serialize;
+use signal_hook::consts::TERM_SIGNALS;
+use toml::Table;
+
+use super::{DEFAULT_MODEL, Global, Outcome, ReportFormat, complain};
+use crate::data::Dataset;
+use crate::exec::params::{LoadReport, TensorSource};
+use crate::models::Preprocessing;
+use crate::train::{
+    BatchReport, CHECKPOINT_FILE, CONFIG_FILE, End, EpochReport, Event, MODEL_FILE, Run, Settings,
+    State, Summary,
+};
+use crate::weights::{
+    Description, FORMAT_VERSION, Request, WeightsChoice, resolve_for_training, write_whole,
+};
+
+/// Teach a network the classes of a folder of images
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  sconce finetune flowers/                       a folder for each class
+  sconce finetune flowers/ --freeze backbone     the head only: minutes, not hours
+  sconce finetune data/ -m resnet18 --weights resnet18.pth -o runs/first --epochs 20
+  sconce finetune -o runs/first --resume         go on after Ctrl-C or a crash, as if never stopped
+  sconce finetune --config runs/first/config.toml -o runs/second --seed 1
+  sconce finetune mnist:mnist/ -m resnet18 --from-scratch --image-size 32
+  sconce classify -m runs/first/model.safetensors photo.jpg
+
+DATA is a folder of class folders; one that holds train/ and val/ (or valid/, validation/) with class
+folders each; a CSV with the columns path,label[,split]; or MNIST's files as mnist:DIR or
+fashion-mnist:DIR. Ctrl-C ends the run after the batch, with all of it saved.")]
+pub struct Arguments {
+    /// Images and their classes
+    #[arg(value_name = "DATA", required_unless_present_any = ["resume", "config"])]
+    data: Option<String>,
+    /// Folder for the results [default: runs/DATA-MODEL]
+    #[arg(short, long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Go on with the run in --out
+    #[arg(long, conflicts_with_all = ["force", "config"])]
+    resume: bool,
+    /// Replace the run in --out
+    #[arg(long)]
+    force: bool,
+    /// Settings of another run: its config.toml
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Save within an epoch too, when so many seconds have passed
+    #[arg(long, value_name = "S", default_value = "60", value_parser = seconds)]
+    checkpoint_every: Duration,
+    /// How to print the result
+    #[arg(long, value_enum, default_value_t = ReportFormat::Text)]
+    format: ReportFormat,
+    #[command(flatten)]
+    given: Given,
+}
+
+/// Settings that were given, under the names that [`Settings`] has for them.
+#[derive(Debug, Args, Serialize)]
+struct Given {
+    /// Passes over the training images [default: 10]
+    #[arg(long, value_name = "N")]
+    epochs: Option<u64>,
+    /// Images of one gradient [default: 32]
+    #[arg(short, long, value_name = "N")]
+    batch_size: Option<usize>,
+    /// Batches whose gradients make one step [default: 1]
+    #[arg(long, value_name = "N")]
+    accumulate: Option<usize>,
+    /// Highest learning rate [default: adamw 1e-4, its head alone or from scratch 1e-3; sgd 0.01]
+    #[arg(long = "lr", value_name = "F")]
+    learning_rate: Option<f64>,
+    /// What trains: none is frozen, all but the head (backbone), or all up to a stage like layer2
+    /// [default: none]
+    #[arg(long, value_name = "none|backbone|STAGE")]
+    freeze: Option<String>,
+    /// Begin with random weights
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    from_scratch: bool,
+    /// Begin with a fresh head even where the weights have one of the right size
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    reset_head: bool,
+    /// How gradients become steps [default: adamw]
+    #[arg(long, value_enum)]
+    optimizer: Option<Optimizer>,
+    /// Of sgd [default: 0.9]
+    #[arg(long, value_name = "F")]
+    momentum: Option<f64>,
+    /// Nesterov's momentum, of sgd
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    nesterov: bool,
+    /// Not applied to norms and biases [default: adamw 0.05, sgd 1e-4]
+    #[arg(long, value_name = "F")]
+    weight_decay: Option<f64>,
+    /// Each stage learns so much more slowly than the next [default: 1]
+    #[arg(long, value_name = "F")]
+    layer_decay: Option<f64>,
+    /// How the learning rate falls [default: cosine]
+    #[arg(long, value_enum)]
+    schedule: Option<Schedule>,
+    /// Epochs over which the learning rate rises [default: a tenth of all, at most 1]
+    #[arg(long, value_name = "EPOCHS")]
+    warmup: Option<f64>,
+    /// Scale gradients down to this norm
+    #[arg(long, value_name = "F")]
+    clip_norm: Option<f64>,
+    /// Share of the target that is spread over all classes [default: 0]
+    #[arg(long, value_name = "F")]
+    label_smoothing: Option<f64>,
+    /// Whether classes of few images count more [default: none]
+    #[arg(long, value_enum)]
+    class_weights: Option<Weighting>,
+    /// How training images vary: light is random parts and mirror images [default: light; none for
+    /// MNIST's digits and with a frozen backbone]
+    #[arg(long, value_enum)]
+    augment: Option<Augmentation>,
+    /// Judge and keep a moving average of the weights, with this decay [0.999 where no number is
+    /// given]
+    #[arg(long, value_name = "F", num_args = 0..=1, default_missing_value = "0.999", require_equals = true)]
+    ema: Option<f64>,
+    /// End after so many epochs without improvement
+    #[arg(long, value_name = "N")]
+    patience: Option<u64>,
+    /// What the best epoch is best in [default: accuracy]
+    #[arg(long, value_enum)]
+    metric: Option<BestBy>,
+    /// Height and width of the images [default: what the network was trained on]
+    #[arg(long, value_name = "N")]
+    image_size: Option<usize>,
+    /// Share of every class to validate on, where DATA does not say [default: 0.2]
+    #[arg(long, value_name = "F")]
+    val_split: Option<f64>,
+    /// Refuse images of more pixels [default: 100000000]
+    #[arg(long, value_name = "N")]
+    max_pixels: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Optimizer {
+    Sgd,
+    #[value(name = "adamw")]
+    AdamW,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Schedule {
+    Cosine,
+    Step,
+    Constant,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Weighting {
+    Auto,
+    None,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Augmentation {
+    None,
+    Light,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum BestBy {
+    Accuracy,
+    MacroF1,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    text.parse()
+        .ok()
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .ok_or_else(|| "expected a number of seconds".into())
+}
+
+pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
+    let Prepared { run, state, notes } = prepare(global, arguments)?;
+    let stop = run.stop.clone();
+    for signal in TERM_SIGNALS {
+        // The second one does not wait for the batch.
+        signal_hook::flag::register_conditional_shutdown(*signal, INTERRUPTED, stop.clone())
+            .and_then(|_| signal_hook::flag::register(*signal, stop.clone()))
+            .context("cannot watch for signals")?;
+    }
+    let mut watcher = Watcher::new(global);
+    for note in notes {
+        watcher.say(&note);
+    }
+    let out = run.out.clone();
+    let labels = run.model.labels.clone();
+    let end = run.fit(state.as_ref(), &mut |event| watcher.see(event));
+    watcher.bar.finish_and_clear();
+    match end? {
+        End::Interrupted { epoch } => {
+            watcher.say(&format!(
+                "interrupted after {epoch} epochs; all is saved (go on with: sconce finetune -o {} --resume)",
+                out.display()
+            ));
+            Ok(Outcome::Interrupted)
+        }
+        End::Finished(summary) => {
+            let mut stdout = global.stdout();
+            match arguments.format {
+                ReportFormat::Json => {
+                    let report = JsonSummary::new(&out, &summary);
+                    writeln!(stdout, "{}", serde_json::to_string(&report)?)?;
+                }
+                ReportFormat::Text => write_text(&mut stdout, &summary, &labels)?,
+            }
+            Ok(Outcome::AllDone)
+        }
+    }
+}
+
+const INTERRUPTED: i32 = 130;
+
+struct Prepared {
+    run: Run,
+    state: Option<State>,
+    /// What a person should know before it begins.
+    notes: Vec<String>,
+}
+
+fn prepare(global: &Global, arguments: &Arguments) -> anyhow::Result<Prepared> {
+    let given = given(global, arguments)?;
+    let device = global.device.open()?;
+    let mut notes = Vec::new();
+    let (settings, state, out) = if arguments.resume {
+        let out = match (&arguments.out, &arguments.data) {
+            (Some(out), _) => out.clone(),
+            (None, Some(data)) => default_out(data, model_name(&given)),
+            (None, None) => bail!("--resume: which run? (give its folder with -o DIR)"),
+        };
+        let path = out.join(CHECKPOINT_FILE);
+        if !path.exists() {
+            bail!(
+                "--resume: no {} (it begins to be there with the first epoch's end; start afresh with --force)",
+                path.display()
+            );
+        }
+        let state = State::open(&path)?;
+        check_unchanged(&state.settings, &given)?;
+        (state.settings.clone(), Some(state), out)
+    } else {
+        let mut table = match &arguments.config {
+            Some(path) => read_config(path)?,
+            None => Table::new(),
+        };
+        table.extend(given);
+        let settings = resolve_settings(table, arguments.config.as_deref())?;
+        let out = match &arguments.out {
+            Some(out) => out.clone(),
+            None => default_out(&settings.data, &settings.model),
+        };
+        (settings, None, out)
+    };
+    if let Err((name, expected)) = settings.check() {
+        bail!("--{name}: expected {expected}");
+    }
+    let dataset = Dataset::open(&settings.data, settings.val_split, settings.seed)?;
+    let (model, source) = match &state {
+        Some(state) => {
+            let at = &state.progress;
+            notes.push(format!(
+                "goes on after epoch {} of {}, batch {}",
+                at.epoch, settings.epochs, at.batch
+            ));
+            (state.model.clone(), None)
+        }
+        None => starting_point(&settings, &dataset, &mut notes)?,
+    };
+    let settings = Settings {
+        image_size: Some(model.preprocessing.crop),
+        ..settings
+    };
+    notes.push(format!(
+        "{} on {}: {} classes, {} images to train on, {} to validate",
+        model.name,
+        settings.data,
+        dataset.classes.len(),
+        dataset.train.len(),
+        dataset.validation.len()
+    ));
+    if state.is_none() {
+        make_folder(&out, arguments.force)?;
+        let text = format!("# sconce finetune --config FILE\n{}", settings.to_toml());
+        let path = out.join(CONFIG_FILE);
+        write_whole(&path, |temporary| fs::write(temporary, text))
+            .with_context(|| path.display().to_string())?;
+    }
+    let run = Run {
+        settings,
+        model,
+        source,
+        dataset,
+        device,
+        threads: global.threads(),
+        out,
+        checkpoint_every: arguments.checkpoint_every,
+        stop: Arc::new(AtomicBool::new(false)),
+    };
+    Ok(Prepared { run, state, notes })
+}
+
+/// The settings that the command line names.
+fn given(global: &Global, arguments: &Arguments) -> anyhow::Result<Table> {
+    let mut given = Table::try_from(&arguments.given)?;
+    let text = |value: &Path| -> anyhow::Result<toml::Value> {
+        match value.to_str() {
+            Some(text) => Ok(text.into()),
+            None => bail!("{}: its name is not valid UTF-8", value.display()),
+        }
+    };
+    if let Some(data) = &arguments.data {
+        given.insert("data".into(), data.as_str().into());
+    }
+    if let Some(model) = &global.model {
+        given.insert("model".into(), model.as_str().into());
+    }
+    match &global.weights {
+        None => {}
+        Some(path) if path.as_os_str() == "none" => {
+            given.insert("from_scratch".into(), true.into());
+        }
+        Some(path) => {
+            given.insert("weights".into(), text(path)?);
+        }
+    }
+    if let Some(seed) = global.seed {
+        let seed = i64::try_from(seed).context("--seed: too large")?;
+        given.insert("seed".into(), seed.into());
+    }
+    if global.exact {
+        given.insert("exact".into(), true.into());
+    }
+    Ok(given)
+}
+
+fn read_config(path: &Path) -> anyhow::Result<Table> {
+    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let table = text.parse::<Table>();
+    table.map_err(|e| anyhow::anyhow!("{}: {}", path.display(), e.message()))
+}
+
+fn model_name(table: &Table) -> &str {
+    let model = table.get("model").and_then(toml::Value::as_str);
+    model.unwrap_or(DEFAULT_MODEL)
+}
+
+/// Fills in what was not given.
+fn resolve_settings(table: Table, config: Option<&Path>) -> anyhow::Result<Settings> {
+    let text = |key: &str| table.get(key).and_then(toml::Value::as_str);
+    let number = |key: &str| {
+        let value = table.get(key)?;
+        value.as_float().or(value.as_integer().map(|i| i as f64))
+    };
+    let data = text("data").context("no DATA given")?;
+    let sgd = text("optimizer") == Some("sgd");
+    let scratch = table.get("from_scratch").and_then(toml::Value::as_bool) == Some(true);
+    let head_only = text("freeze") == Some("backbone");
+    let digits = data.starts_with("mnist:") || data.starts_with("fashion-mnist:");
+    let epochs = number("epochs").unwrap_or(10.0);
+    let defaults = toml::toml! {
+        model = "mobilenet_v2"
+        from_scratch = false
+        reset_head = false
+        freeze = "none"
+        val_split = 0.2
+        max_pixels = 100000000
+        epochs = 10
+        batch_size = 32
+        accumulate = 1
+        optimizer = "adamw"
+        momentum = 0.9
+        nesterov = false
+        layer_decay = 1.0
+        schedule = "cosine"
+        label_smoothing = 0.0
+        class_weights = "none"
+        metric = "accuracy"
+        exact = false
+        seed = 0
+    };
+    let augment = if digits || head_only { "none" } else { "light" };
+    let rate = match (sgd, scratch || head_only) {
+        (true, _) => 0.01,
+        (false, true) => 1e-3,
+        (false, false) => 1e-4,
+    };
+    let mut all = defaults;
+    all.insert("augment".into(), augment.into());
+    all.insert("learning_rate".into(), rate.into());
+    all.insert("weight_decay".into(), if sgd { 1e-4 } else { 0.05 }.into());
+    all.insert("warmup".into(), (epochs / 10.0).min(1.0).into());
+    // Whole numbers are numbers too.
+    let floats: Vec<String> = all
+        .iter()
+        .filter(|(_, value)| value.is_float())
+        .map(|(key, _)| key.clone())
+        .chain(["ema", "clip_norm"].map(String::from))
+        .collect();
+    for (key, value) in table {
+        let value = match value {
+            toml::Value::Integer(i) if floats.contains(&key) => (i as f64).into(),
+            value => value,
+        };
+        all.insert(key, value);
+    }
+    let from = config.map_or("settings".into(), |path| path.display().to_string());
+    all.try_into()
+        .map_err(|e: toml::de::Error| anyhow::anyhow!("{from}: {}", e.message()))
+}
+
+/// What was given again must be what the run was started with.
+fn check_unchanged(settings: &Settings, given: &Table) -> anyhow::Result<()> {
+    let started = Table::try_from(settings)?;
+    let number = |value: &toml::Value| value.as_float().or(value.as_integer().map(|i| i as f64));
+    for (key, value) in given {
+        let before = started.get(key);
+        let same = before == Some(value)
+            || before.is_some_and(|b| number(b).is_some() && number(b) == number(value));
+        if !same {
+            let before = before.map_or("not set".into(), ToString::to_string);
+            bail!(
+                "--resume: {key} is {value}, and the run was started with {before} (leave it out, or start a run of its own with another --out)"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// `runs/DATA-MODEL`
+fn default_out(data: &str, model: &str) -> PathBuf {
+    let (kind, path) = match data.split_once(':') {
+        Some((kind, _)) if kind.ends_with("mnist") => (Some(kind), data),
+        _ => (None, data),
+    };
+    let stem = |path: &str| {
+        let path = Path::new(path);
+        let path = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+        let stem = path.file_stem().unwrap_or_default();
+        stem.to_string_lossy().into_owned()
+    };
+    let data = kind.map_or_else(|| stem(path), str::to_string);
+    let model = match model.split_once('.') {
+        Some((name, _)) if !model.contains(['/', '\\']) => name.to_string(),
+        _ => stem(model),
+    };
+    Path::new("runs").join(format!("{data}-{model}"))
+}
+
+/// Makes the folder, and refuses one that holds a run.
+fn make_folder(out: &Path, force: bool) -> anyhow::Result<()> {
+    let files = [MODEL_FILE, CHECKPOINT_FILE, CONFIG_FILE].map(|name| out.join(name));
+    let metrics = out.join(crate::train::METRICS_FILE);
+    let mut held = files.iter().chain([&metrics]).filter(|path| path.exists());
+    if !force && let Some(path) = held.next() {
+        bail!(
+            "--out {}: holds a run ({}; go on with --resume, replace it with --force, or choose another folder)",
+            out.display(),
+            path.file_name().unwrap_or_default().to_string_lossy()
+        );
+    }
+    for path in held {
+        fs::remove_file(path).with_context(|| path.display().to_string())?;
+    }
+    fs::create_dir_all(out).with_context(|| format!("--out {}", out.display()))
+}
+
+type Start = (Description, Option<Arc<dyn TensorSource>>);
+
+/// The network and the weights to begin with.
+fn starting_point(
+    settings: &Settings,
+    dataset: &Dataset,
+    notes: &mut Vec<String>,
+) -> anyhow::Result<Start> {
+    let weights = match &settings.weights {
+        _ if settings.from_scratch => WeightsChoice::None,
+        Some(path) => WeightsChoice::File(path.into()),
+        None => WeightsChoice::Published,
+    };
+    let request = Request {
+        model: settings.model.clone(),
+        weights,
+        labels: None,
+        seed: settings.seed,
+    };
+    let model = resolve_for_training(&request, dataset.classes.len(), settings.reset_head)?;
+    match (&model.report, model.weights_from()) {
+        (Some(report), Some(from)) => notes.extend(describe_load(report, from)),
+        _ => notes.push("begins with random weights".into()),
+    }
+    let old = model.preprocessing;
+    let preprocessing = match settings.image_size {
+        None if !dataset.grey => old,
+        size => {
+            let crop = size.unwrap_or(old.crop);
+            // Nothing is cut off a small grey picture.
+            let resize = if dataset.grey {
+                crop
+            } else {
+                (crop * old.resize + old.crop / 2) / old.crop
+            };
+            Preprocessing {
+                resize,
+                crop,
+                ..old
+            }
+        }
+    };
+    // A name's tag stands for weights that these will no longer be.
+    let name = model.name.split('.').next().unwrap_or_default();
+    let description = Description {
+        format_version: FORMAT_VERSION,
+        name: name.to_string(),
+        architecture: model.architecture,
+        labels: dataset.classes.clone(),
+        preprocessing,
+        temperature: 1.0,
+    };
+    Ok((description, model.source))
+}
+
+/// How the weights met the network, for people.
+fn describe_load(report: &LoadReport, from: &str) -> Vec<String> {
+    let some = |names: Vec<&String>| {
+        const SHOWN: usize = 4;
+        let shown: Vec<&str> = names.iter().take(SHOWN).map(|n| n.as_str()).collect();
+        let more = names.len().saturating_sub(SHOWN);
+        let more = if more > 0 {
+            format!(" and {more} more")
+        } else {
+            String::new()
+        };
+        format!("{}{more}", shown.join(", "))
+    };
+    let mut notes = vec![format!(
+        "weights of {from}: {} tensors loaded, {} missing, {} of another shape, {} unexpected",
+        report.loaded.len(),
+        report.missing.len(),
+        report.mismatched.len(),
+        report.unexpected.len()
+    )];
+    if !report.missing.is_empty() {
+        let names = some(report.missing.iter().collect());
+        notes.push(format!("missing, so they begin afresh: {names}"));
+    }
+    if !report.mismatched.is_empty() {
+        let names = some(report.mismatched.keys().collect());
+        notes.push(format!("of another shape, so they begin afresh: {names}"));
+    }
+    if !report.unexpected.is_empty() {
+        let names = some(report.unexpected.iter().collect());
+        notes.push(format!("unexpected, so they are left out: {names}"));
+    }
+    notes
+}
+
+/// Shows what happens.
+struct Watcher {
+    quiet: bool,
+    terminal: bool,
+    bar: ProgressBar,
+    epochs: u64,
+}
+
+impl Watcher {
+    fn new(global: &Global) -> Self {
+        Self {
+            quiet: global.quiet,
+            terminal: !global.quiet && io::stderr().is_terminal(),
+            bar: ProgressBar::hidden(),
+            epochs: 0,
+        }
+    }
+
+    fn say(&self, line: &str) {
+        if !self.quiet {
+            self.bar.suspend(|| complain(line));
+        }
+    }
+
+    fn see(&mut self, event: Event) {
+        match event {
+            Event::Skipped(image) => {
+                let line = format!("{}: {} (left out)", image.name.escape_debug(), image.reason);
+                self.bar.suspend(|| complain(&line));
+            }
+            Event::Features { done, total } => {
+                self.set_bar(total as u64, done as u64, "frozen part: {pos}/{len} images");
+                if done == total {
+                    self.bar.finish_and_clear();
+                    self.bar = ProgressBar::hidden();
+                }
+            }
+            Event::Batch(report) => self.batch(&report),
+            Event::Epoch(report) => self.epoch(report),
+        }
+    }
+
+    fn set_bar(&mut self, length: u64, position: u64, template: &str) {
+        if !self.terminal {
+            return;
+        }
+        if self.bar.is_hidden() {
+            let style = ProgressStyle::with_template(&format!("{{bar:24}} {template}"));
+            let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+            self.bar = ProgressBar::new(length).with_style(style);
+        }
+        self.bar.set_position(position);
+    }
+
+    fn batch(&mut self, report: &BatchReport) {
+        self.epochs = report.epochs;
+        self.set_bar(report.batches, report.batch, "{msg}");
+        self.bar.set_message(format!(
+            "epoch {}/{}  loss {:.4}  accuracy {:.1} %  rate {:.1e}  {:.0} images/s  {} left",
+            report.epoch,
+            report.epochs,
+            report.loss,
+            100.0 * report.accuracy,
+            report.learning_rate,
+            report.images_per_second,
+            HumanDuration(report.left)
+        ));
+    }
+
+    fn epoch(&mut self, report: &EpochReport) {
+        self.bar.finish_and_clear();
+        self.bar = ProgressBar::hidden();
+        let best = if report.is_best { "  best so far" } else { "" };
+        self.say(&format!(
+            "epoch {}/{}  loss {:.4}  accuracy {:.1} %  validation: loss {:.4}  accuracy {:.2} %  macro-F1 {:.2} %  rate {:.1e}  {:.0} images/s  {:.1} s{best}",
+            report.epoch,
+            self.epochs,
+            report.train_loss,
+            100.0 * report.train_accuracy,
+            report.val_loss,
+            100.0 * report.val_accuracy,
+            100.0 * report.val_macro_f1,
+            report.learning_rate,
+            report.images_per_second,
+            report.seconds,
+        ));
+    }
+}
+
+/// The last line on standard output.
+#[derive(Debug, Serialize)]
+struct JsonSummary {
+    out: String,
+    model: String,
+    classes: usize,
+    train_images: usize,
+    val_images: usize,
+    best_epoch: u64,
+    val_accuracy: f64,
+    val_macro_f1: f64,
+    seconds: f64,
+}
+
+impl JsonSummary {
+    fn new(out: &Path, summary: &Summary) -> Self {
+        Self {
+            out: out.display().to_string(),
+            model: summary.model.display().to_string(),
+            classes: summary.classes,
+            train_images: summary.train_images,
+            val_images: summary.val_images,
+            best_epoch: summary.best.epoch,
+            val_accuracy: summary.best.accuracy,
+            val_macro_f1: summary.best.macro_f1,
+            seconds: summary.seconds,
+        }
+    }
+}
+
+/// Classes of a table that a person still reads.
+const SHOWN_CLASSES: usize = 30;
+
+fn write_text(out: &mut impl Write, summary: &Summary, labels: &[String]) -> io::Result<()> {
+    let Summary { best, .. } = summary;
+    writeln!(
+        out,
+        "best of {} epochs: {}, accuracy {:.2} %, macro-F1 {:.2} %, after {}",
+        summary.epochs,
+        best.epoch,
+        100.0 * best.accuracy,
+        100.0 * best.macro_f1,
+        HumanDuration(Duration::try_from_secs_f64(summary.seconds).unwrap_or_default())
+    )?;
+    if let Some(evaluation) = &summary.evaluation
+        && labels.len() <= SHOWN_CLASSES
+    {
+        let width = labels.iter().map(|l| l.chars().count()).max().unwrap_or(0);
+        let width = width.max("class".len());
+        writeln!(out, "{:width$}  precision  recall      F1  images", "class")?;
+        for (label, class) in labels.iter().zip(evaluation.classes()) {
+            writeln!(
+                out,
+                "{label:width$}  {:7.1} %  {:4.1} %  {:4.1} %  {:6}",
+                100.0 * class.precision,
+                100.0 * class.recall,
+                100.0 * class.f1,
+                class.support
+            )?;
+        }
+    }
+    writeln!(
+        out,
+        "sconce classify -m {} IMAGE...",
+        summary.model.display()
+    )
+}

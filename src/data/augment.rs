@@ -1,0 +1,153 @@
+//! Random changes to training images, as torchvision defines them.
+
+use std::ops::Range;
+
+use rand::RngExt;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use super::Rgb;
+use super::preprocess::normalize;
+use super::resize::resize;
+use crate::models::{Interpolation, Preprocessing};
+
+/// `--augment`: how training images vary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Augment {
+    /// Not at all: prepared as for classification.
+    None,
+    /// A random part of the image ([`random_part`]), mirrored half of the time.
+    Light,
+}
+
+impl Augment {
+    /// A training image `[crop, crop, 3]`.
+    pub fn prepare(
+        self,
+        image: &Rgb,
+        preprocessing: &Preprocessing,
+        rng: &mut ChaCha8Rng,
+    ) -> Vec<f32> {
+        match self {
+            Augment::None => super::prepare(image, preprocessing),
+            Augment::Light => {
+                let size = preprocessing.crop;
+                let [columns, rows] = random_part(image.width, image.height, rng);
+                let mut pixels =
+                    resized_part(image, columns, rows, size, preprocessing.interpolation);
+                if rng.random::<bool>() {
+                    for row in pixels.chunks_exact_mut(size * 3) {
+                        mirror_row(row);
+                    }
+                }
+                normalize(&pixels, preprocessing)
+            }
+        }
+    }
+}
+
+fn mirror_row(row: &mut [u8]) {
+    row.reverse();
+    // Colours back into their order.
+    for pixel in row.chunks_exact_mut(3) {
+        pixel.reverse();
+    }
+}
+
+/// Columns and rows of torchvision's RandomResizedCrop: 8 to 100 % of the area, with sides in a
+/// ratio between 3 : 4 and 4 : 3.
+pub fn random_part(width: usize, height: usize, rng: &mut ChaCha8Rng) -> [Range<usize>; 2] {
+    const SCALE: Range<f64> = 0.08..1.0;
+    const RATIO: [f64; 2] = [3.0 / 4.0, 4.0 / 3.0];
+    let area = (width * height) as f64;
+    let logarithms = RATIO[0].ln()..RATIO[1].ln();
+    for _ in 0..10 {
+        let target = area * rng.random_range(SCALE);
+        let ratio = rng.random_range(logarithms.clone()).exp();
+        let w = (target * ratio).sqrt().round_ties_even() as usize;
+        let h = (target / ratio).sqrt().round_ties_even() as usize;
+        if (1..=width).contains(&w) && (1..=height).contains(&h) {
+            let top = rng.random_range(0..=height - h);
+            let left = rng.random_range(0..=width - w);
+            return [left..left + w, top..top + h];
+        }
+    }
+    // The centre, as near to the image's own ratio as is allowed.
+    let ratio = width as f64 / height as f64;
+    let (w, h) = if ratio < RATIO[0] {
+        (width, (width as f64 / RATIO[0]).round_ties_even() as usize)
+    } else if ratio > RATIO[1] {
+        (
+            (height as f64 * RATIO[1]).round_ties_even() as usize,
+            height,
+        )
+    } else {
+        (width, height)
+    };
+    let (w, h) = (w.clamp(1, width), h.clamp(1, height));
+    let (left, top) = ((width - w) / 2, (height - h) / 2);
+    [left..left + w, top..top + h]
+}
+
+/// A part of the image cut out and resized: 8-bit `[size, size, 3]`.
+pub fn resized_part(
+    image: &Rgb,
+    columns: Range<usize>,
+    rows: Range<usize>,
+    size: usize,
+    interpolation: Interpolation,
+) -> Vec<u8> {
+    let (width, height) = (columns.len(), rows.len());
+    let mut pixels = Vec::with_capacity(width * height * 3);
+    for y in rows {
+        let start = (y * image.width + columns.start) * 3;
+        pixels.extend_from_slice(&image.pixels[start..start + width * 3]);
+    }
+    let part = Rgb {
+        width,
+        height,
+        pixels,
+    };
+    resize(&part, [size, size], interpolation, 0..size, 0..size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::random::{Purpose, generator};
+
+    #[test]
+    fn parts_are_within_the_image_and_of_every_allowed_size() {
+        let mut rng = generator(3, Purpose::Augment, 0, 0);
+        let (mut least, mut most) = (f64::INFINITY, 0f64);
+        let mut ratios = Vec::new();
+        for _ in 0..2000 {
+            let [columns, rows] = random_part(400, 400, &mut rng);
+            assert!(columns.end <= 400 && rows.end <= 400);
+            let share = (columns.len() * rows.len()) as f64 / 160_000.0;
+            (least, most) = (least.min(share), most.max(share));
+            ratios.push((columns.len() as f64 / rows.len() as f64).ln());
+        }
+        assert!((0.079..0.09).contains(&least), "{least}");
+        assert!((0.9..1.01).contains(&most), "{most}");
+        let bound = (4f64 / 3.0).ln() + 0.02;
+        assert!(ratios.iter().all(|r| r.abs() < bound));
+        let mean = ratios.iter().sum::<f64>() / ratios.len() as f64;
+        assert!(mean.abs() < 0.03, "{mean}");
+    }
+
+    #[test]
+    fn a_sliver_gives_its_centre() {
+        let mut rng = generator(3, Purpose::Augment, 0, 0);
+        assert_eq!(random_part(1000, 3, &mut rng), [498..502, 0..3]);
+        assert_eq!(random_part(1, 1, &mut rng), [0..1, 0..1]);
+    }
+
+    #[test]
+    fn mirrored_rows_keep_their_colours() {
+        let mut row = [1, 2, 3, 4, 5, 6, 7, 8, 9];
+        mirror_row(&mut row);
+        assert_eq!(row, [7, 8, 9, 4, 5, 6, 1, 2, 3]);
+    }
+}

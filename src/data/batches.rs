@@ -1,0 +1,245 @@
+use std::sync::Arc;
+
+use super::dataset::shuffle;
+use super::pipeline::{Budget, Next, Pipeline};
+use super::random::{Purpose, generator};
+use super::{Augment, Decoder, ImageError, Sample};
+use crate::models::Preprocessing;
+
+/// How samples become batches.
+#[derive(Clone)]
+pub struct BatchPlan {
+    pub samples: Arc<[Sample]>,
+    pub decoder: Decoder,
+    pub preprocessing: Preprocessing,
+    pub augment: Augment,
+    pub batch_size: usize,
+    pub seed: u64,
+    pub threads: usize,
+}
+
+/// Images of one batch.
+pub struct Batch {
+    /// `[count, crop, crop, 3]`, normalised.
+    pub pixels: Vec<f32>,
+    /// Positions of the samples among all.
+    pub samples: Vec<usize>,
+    /// Their classes.
+    pub labels: Vec<usize>,
+    /// Samples that should be here and could not be read.
+    pub skipped: Vec<Skipped>,
+}
+
+/// A sample that cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Skipped {
+    pub name: String,
+    pub reason: String,
+}
+
+/// One pass over the samples, read ahead in several threads.
+pub struct Batches {
+    pipeline: Pipeline<(usize, Result<Vec<f32>, ImageError>)>,
+    samples: Arc<[Sample]>,
+    batch_size: usize,
+    /// Samples still to come.
+    left: usize,
+}
+
+impl BatchPlan {
+    /// How many batches training makes of the samples. A last batch of one image is left out,
+    /// since batch norm may learn nothing from it; the next shuffle gives the image its turn.
+    pub fn training_batches(&self) -> usize {
+        self.training_length().div_ceil(self.batch_size)
+    }
+
+    fn training_length(&self) -> usize {
+        let count = self.samples.len();
+        if count > self.batch_size && count % self.batch_size == 1 {
+            count - 1
+        } else {
+            count
+        }
+    }
+
+    /// The order in which an epoch takes the samples.
+    pub fn order(&self, epoch: u64) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.samples.len()).collect();
+        shuffle(
+            &mut order,
+            &mut generator(self.seed, Purpose::Order, epoch, 0),
+        );
+        order.truncate(self.training_length());
+        order
+    }
+
+    /// An epoch's batches in its own random order, from batch `first` on.
+    ///
+    /// # Errors
+    /// Where threads cannot be started.
+    pub fn training(&self, epoch: u64, first: usize) -> std::io::Result<Batches> {
+        let mut order = self.order(epoch);
+        order.drain(..(first * self.batch_size).min(order.len()));
+        self.start(order, Some(epoch))
+    }
+
+    /// All samples in their order, prepared as for classification.
+    ///
+    /// # Errors
+    /// Where threads cannot be started.
+    pub fn evaluation(&self) -> std::io::Result<Batches> {
+        self.start((0..self.samples.len()).collect(), None)
+    }
+
+    fn start(&self, order: Vec<usize>, epoch: Option<u64>) -> std::io::Result<Batches> {
+        let plan = self.clone();
+        let left = order.len();
+        let work = move |index: usize, budget: &Budget| (index, plan.load(index, epoch, budget));
+        Ok(Batches {
+            pipeline: Pipeline::start(order.into_iter(), self.threads, work)?,
+            samples: self.samples.clone(),
+            batch_size: self.batch_size,
+            left,
+        })
+    }
+
+    fn load(
+        &self,
+        index: usize,
+        epoch: Option<u64>,
+        budget: &Budget,
+    ) -> Result<Vec<f32>, ImageError> {
+        let source = self.samples[index].picture.read(&self.decoder)?;
+        let _share = budget.take(source.needed());
+        let image = source.decode(&self.decoder)?;
+        Ok(match epoch {
+            Some(epoch) => {
+                let mut rng = generator(self.seed, Purpose::Augment, epoch, index as u64);
+                self.augment.prepare(&image, &self.preprocessing, &mut rng)
+            }
+            None => super::prepare(&image, &self.preprocessing),
+        })
+    }
+}
+
+impl Iterator for Batches {
+    type Item = Batch;
+
+    fn next(&mut self) -> Option<Batch> {
+        let count = self.batch_size.min(self.left);
+        if count == 0 {
+            return None;
+        }
+        let mut batch = Batch {
+            pixels: Vec::new(),
+            samples: Vec::with_capacity(count),
+            labels: Vec::with_capacity(count),
+            skipped: Vec::new(),
+        };
+        for _ in 0..count {
+            // Without a timeout there is no waiting.
+            let Next::Item((index, result)) = self.pipeline.next(None) else {
+                break;
+            };
+            let sample = &self.samples[index];
+            match result {
+                Ok(pixels) => {
+                    if batch.pixels.is_empty() {
+                        batch.pixels.reserve_exact(pixels.len() * count);
+                    }
+                    batch.pixels.extend_from_slice(&pixels);
+                    batch.samples.push(index);
+                    batch.labels.push(sample.label);
+                }
+                Err(error) => batch.skipped.push(Skipped {
+                    name: sample.picture.name(),
+                    reason: error.to_string(),
+                }),
+            }
+        }
+        self.left -= count;
+        Some(batch)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::{IdxImages, Picture};
+
+    /// Twenty-one pictures of one colour each, the seventh unreadable.
+    fn plan(folder: &std::path::Path, batch_size: usize, threads: usize) -> BatchPlan {
+        let mut bytes = vec![0, 0, 8, 3];
+        bytes.extend([20u32, 2, 2].iter().flat_map(|n| n.to_be_bytes()));
+        bytes.extend((0..80).map(|v| v / 4));
+        std::fs::write(folder.join("images"), bytes).unwrap();
+        let mut labels = vec![0, 0, 8, 1, 0, 0, 0, 20];
+        labels.extend(0..20);
+        std::fs::write(folder.join("labels"), labels).unwrap();
+        let images = Arc::new(IdxImages::open(folder, ["images", "labels"]).unwrap());
+        let mut samples: Vec<Sample> = (0..20)
+            .map(|index| Sample {
+                picture: Picture::Grey {
+                    images: images.clone(),
+                    index,
+                },
+                label: index,
+            })
+            .collect();
+        let missing = Picture::File(folder.join("missing.png"));
+        samples.insert(
+            7,
+            Sample {
+                picture: missing,
+                label: 0,
+            },
+        );
+        BatchPlan {
+            samples: samples.into(),
+            decoder: Decoder {
+                max_pixels: 1000,
+                background: None,
+            },
+            preprocessing: Preprocessing::torchvision(2, 2).normalized([0.0; 3], [1.0; 3]),
+            augment: Augment::None,
+            batch_size,
+            seed: 5,
+            threads,
+        }
+    }
+
+    fn labels(batches: Batches) -> Vec<Vec<usize>> {
+        batches.map(|b| b.labels).collect()
+    }
+
+    #[test]
+    fn an_epoch_takes_every_sample_once_in_an_order_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let plan = plan(folder.path(), 4, 3);
+        let first = labels(plan.training(0, 0).unwrap());
+        assert_eq!(first.len(), plan.training_batches());
+        assert_eq!(first, labels(plan.training(0, 0).unwrap()));
+        assert_ne!(first, labels(plan.training(1, 0).unwrap()));
+        // A last batch of one is left out.
+        assert_eq!(first.iter().flatten().count() + 1, 20);
+        let rest = labels(plan.training(0, 2).unwrap());
+        assert_eq!(rest, first[2..]);
+        assert_eq!(
+            labels(plan.training(0, 9).unwrap()),
+            Vec::<Vec<usize>>::new()
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named_and_the_rest_is_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let batches: Vec<Batch> = plan(folder.path(), 6, 2).evaluation().unwrap().collect();
+        assert_eq!(batches.len(), 4);
+        assert_eq!(batches[0].labels, [0, 1, 2, 3, 4, 5]);
+        assert_eq!(batches[1].labels, [6, 7, 8, 9, 10]);
+        assert!(batches[1].skipped[0].name.ends_with("missing.png"));
+        assert_eq!(batches[1].pixels.len(), 5 * 2 * 2 * 3);
+        assert_eq!(batches[1].pixels[0], 6.0 / 255.0);
+        assert_eq!(batches[3].labels, [17, 18, 19]);
+    }
+}
