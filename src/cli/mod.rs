@@ -4,6 +4,7 @@
 mod bench;
 mod classify;
 mod completions;
+mod export;
 mod finetune;
 mod models;
 
@@ -30,7 +31,8 @@ use crate::weights::{Model, Request, WeightsChoice};
   sconce finetune flowers/                teach a network the folders' names
   sconce models                           the networks, their size and accuracy
   sconce models resnet18                  one network, layer by layer
-  sconce bench -m resnet18                how fast is it here?"
+  sconce bench -m resnet18                how fast is it here?
+  sconce export -m resnet18 --to onnx -o resnet18.onnx"
 )]
 pub struct Cli {
     #[command(flatten)]
@@ -45,6 +47,7 @@ enum Command {
     Finetune(Box<finetune::Arguments>),
     Models(models::Arguments),
     Bench(bench::Arguments),
+    Export(export::Arguments),
     Completions(completions::Arguments),
 }
 
@@ -145,6 +148,7 @@ impl Cli {
             Command::Finetune(arguments) => finetune::run(&self.global, &arguments),
             Command::Models(arguments) => models::run(&self.global, &arguments),
             Command::Bench(arguments) => bench::run(&self.global, &arguments),
+            Command::Export(arguments) => export::run(&self.global, &arguments),
             Command::Completions(arguments) => completions::run(&arguments),
         }
     }

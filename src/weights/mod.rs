@@ -38,6 +38,7 @@
 //! [`Params`]: crate::exec::params::Params
 
 mod dialects;
+mod export;
 mod fit;
 mod formats;
 mod labels;
@@ -46,6 +47,7 @@ mod resolve;
 mod write;
 
 pub use dialects::Dialect;
+pub use export::{DType, ExportError};
 pub use fit::{FitError, Fitted, Head, closest, fit};
 pub use formats::{Checkpoint, WeightsError};
 pub use labels::{LabelsError, imagenet_labels, read_labels};

@@ -77,9 +77,9 @@ pub(super) fn tables(config: &Config) -> Vec<Table> {
             index += 1;
         }
     }
-    vec![
-        Table::ours(Dialect::Torchvision, architecture(*config)),
-        timm,
-        transformers,
-    ]
+    let ours = match config.tensorflow {
+        true => Dialect::Sconce,
+        false => Dialect::Torchvision,
+    };
+    vec![Table::ours(ours, architecture(*config)), timm, transformers]
 }

@@ -64,9 +64,9 @@ const SMALL: [(usize, bool); 5] = [(1, true), (2, false), (3, true), (2, true), 
 pub(super) fn tables(config: &Config) -> Vec<Table> {
     let architecture = |config| Architecture::MobileNetV3(config);
     // The libraries' networks differ in their epsilons, and under width 1 in their widths.
-    let origin = match config.origin {
-        Origin::Torchvision => Origin::Timm,
-        other => other,
+    let (ours, origin) = match config.origin {
+        Origin::Torchvision => (Dialect::Torchvision, Origin::Timm),
+        other => (Dialect::Sconce, other),
     };
     let named = architecture(Config { origin, ..*config });
     let mut timm = Table::new(Dialect::Timm, named).outer(OUTER);
@@ -90,8 +90,5 @@ pub(super) fn tables(config: &Config) -> Vec<Table> {
     }
     let theirs = format!("blocks.{}.0.", stages.len());
     timm = timm.block(&format!("features.{index}."), &theirs, LAST);
-    vec![
-        Table::ours(Dialect::Torchvision, architecture(*config)),
-        timm,
-    ]
+    vec![Table::ours(ours, architecture(*config)), timm]
 }

@@ -26,6 +26,8 @@ pub enum Dialect {
     /// The code that a network's authors published, or a port of it.
     Authors,
     Pytorchcv,
+    /// Our names for a network that the library they come from does not have.
+    Sconce,
 }
 
 impl fmt::Display for Dialect {
@@ -36,6 +38,7 @@ impl fmt::Display for Dialect {
             Dialect::Transformers => "transformers",
             Dialect::Authors => "the authors' code",
             Dialect::Pytorchcv => "pytorchcv",
+            Dialect::Sconce => "sconce",
         })
     }
 }
