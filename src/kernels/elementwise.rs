@@ -106,6 +106,16 @@ pub fn multiply(isa: Isa, a: &[f32], b: &[f32], out: &mut [f32]) {
     });
 }
 
+/// `out` = the sum of all pixels, each of as many channels as `out` has.
+pub fn sum_pixels(isa: Isa, input: &[f32], out: &mut [f32]) {
+    isa.compiled(|| {
+        out.fill(0.0);
+        for pixel in input.chunks_exact(out.len()) {
+            out.iter_mut().zip(pixel).for_each(|(sum, v)| *sum += v);
+        }
+    });
+}
+
 /// `out = input · scale + shift` on every pixel.
 pub fn scale_shift(isa: Isa, input: &[f32], scale: &[f32], shift: &[f32], out: &mut [f32]) {
     isa.compiled(|| {

@@ -202,6 +202,28 @@ impl Rows {
         }
     }
 
+    /// Multiplies the rows, each a run of `depth` values, by `factor(row)`, value by value: in
+    /// `buffer`, where the rows lie from then on. What they were is not touched.
+    ///
+    /// # Safety
+    /// Behind every input pointer lie `depth` values that nobody writes.
+    pub unsafe fn weigh<'a>(
+        &mut self,
+        isa: Isa,
+        depth: usize,
+        buffer: &mut Vec<f32>,
+        factor: impl Fn(usize) -> &'a [f32],
+    ) {
+        buffer.resize(buffer.len().max(self.inputs.len() * depth), 0.0);
+        let places = buffer.chunks_exact_mut(depth);
+        for (row, (input, place)) in self.inputs.iter_mut().zip(places).enumerate() {
+            // SAFETY: as the caller promises.
+            let values = unsafe { std::slice::from_raw_parts(*input, depth) };
+            elementwise::multiply(isa, values, factor(row), place);
+            *input = place.as_ptr();
+        }
+    }
+
     /// The output pixels `pixels` of a convolution over a batch, counted through all images.
     /// `channel` is where the group's input begins, `column` where its output does.
     ///

@@ -83,25 +83,41 @@ impl Buffer {
         output: Range<usize>,
         inputs: &[Range<usize>],
     ) -> (&mut [f32], Vec<&[f32]>) {
-        assert!(output.start <= output.end && output.end <= self.len);
-        for input in inputs {
-            assert!(
-                input.end <= output.start || output.end <= input.start,
-                "a step reads what it writes"
-            );
+        let ([output], inputs) = self.split_many([output], inputs);
+        (output, inputs)
+    }
+
+    /// Several ranges to write and several to read at the same time.
+    ///
+    /// # Panics
+    /// Where a range to write overlaps another, or one lies outside the buffer.
+    pub fn split_many<const N: usize>(
+        &mut self,
+        outputs: [Range<usize>; N],
+        inputs: &[Range<usize>],
+    ) -> ([&mut [f32]; N], Vec<&[f32]>) {
+        for (index, output) in outputs.iter().enumerate() {
+            assert!(output.start <= output.end && output.end <= self.len);
+            for other in inputs.iter().chain(&outputs[..index]) {
+                assert!(
+                    other.end <= output.start || output.end <= other.start,
+                    "a step reads what it writes"
+                );
+            }
         }
         let base = self.pointer();
-        // SAFETY: all ranges lie inside the block (those to read are checked by `read`); the one
-        // that is written overlaps none that is read, and `self` stays borrowed mutably as long
-        // as the slices live.
+        // SAFETY: all ranges lie inside the block (those to read are checked by `read`); those
+        // that are written overlap no other, and `self` stays borrowed mutably as long as the
+        // slices live.
         unsafe {
             let this = &*std::ptr::from_mut(self);
             let inputs = inputs
                 .iter()
                 .map(|range| this.read(range.clone()))
                 .collect();
-            let output = std::slice::from_raw_parts_mut(base.add(output.start), output.len());
-            (output, inputs)
+            let outputs = outputs
+                .map(|range| std::slice::from_raw_parts_mut(base.add(range.start), range.len()));
+            (outputs, inputs)
         }
     }
 }

@@ -82,7 +82,25 @@ pub unsafe fn global_average(
     channels: Range<usize>,
     out: &mut [f32],
 ) {
-    let Dims { h, w, c } = input.layout.dims;
+    let pixels = input.layout.dims.pixels();
+    // SAFETY: the contract of this function.
+    unsafe { average(isa, input, image, channels, pixels, out) };
+}
+
+/// The sum over all pixels of some channels of an image, over a number of `pixels`: another than
+/// the image's where its pixels are sums already.
+///
+/// # Safety
+/// As [`global_average`].
+pub unsafe fn average(
+    isa: Isa,
+    input: &Source,
+    image: usize,
+    channels: Range<usize>,
+    pixels: usize,
+    out: &mut [f32],
+) {
+    let Dims { h, c, .. } = input.layout.dims;
     let mut row_sum = vec![0.0; channels.len()];
     out.fill(0.0);
     isa.compiled(|| {
@@ -97,7 +115,7 @@ pub unsafe fn global_average(
             }
             add(out, &row_sum);
         }
-        let count = (h * w) as f32;
+        let count = pixels as f32;
         out.iter_mut().for_each(|v| *v /= count);
     });
 }

@@ -7,7 +7,7 @@ use super::bottleneck::{Bottleneck, Expansion, Worker};
 use super::depthwise::Depthwise;
 use super::gemm::{Epilogue, Packed, Rows, Store, gemm};
 use super::grouped::{GROUP, Grouped};
-use super::pool::{Reduction, global_average, pool};
+use super::pool::{Reduction, average, global_average, pool};
 use super::winograd::{Scratch, Winograd};
 use super::{Border, Dims, Isa, Layout, Source, Target, Window, attention, elementwise, norm};
 use crate::graph::Activation;
@@ -307,7 +307,8 @@ fn convolutions_equal_a_plain_loop_whatever_part_is_asked_for() {
         for group in 0..case.groups {
             let packed = Packed::new(isa, kh * kw * ins, outs, |depth, column| {
                 let (tap, i) = (depth / ins, depth % ins);
-                case.weight[((group * outs + column) * ins + i) * kh * kw + tap]
+                let weight = case.weight[((group * outs + column) * ins + i) * kh * kw + tap];
+                if kh * kw == 1 { 2.0 * weight } else { weight }
             });
             let panels = packed.panel_count();
             let panel = rng.random_range(0..=panels);
@@ -318,6 +319,7 @@ fn convolutions_equal_a_plain_loop_whatever_part_is_asked_for() {
             for pixels in [0..cut, cut..pixels] {
                 for panels in [0..panel, panel..panels] {
                     let mut rows = Rows::new();
+                    let mut weighed = Vec::new();
                     // SAFETY: the batches hold what the case says, and are this test's own.
                     unsafe {
                         rows.set_pixels(
@@ -328,6 +330,11 @@ fn convolutions_equal_a_plain_loop_whatever_part_is_asked_for() {
                             residual.as_ref().map(Batch::source).as_ref(),
                             [group * ins, group * outs],
                         );
+                        if kh * kw == 1 {
+                            // Halved, and doubled again below: no bit changes.
+                            let half = vec![0.5; ins];
+                            rows.weigh(isa, ins, &mut weighed, |_| &half);
+                        }
                         gemm(&packed, panels, &rows, &taps, epilogue);
                     }
                 }
@@ -525,6 +532,18 @@ fn a_global_average_is_the_mean() {
             expected[i % c] += f64::from(*value) / (h * w) as f64;
         }
         assert_close(&out, &expected, 1e-6, "global average");
+
+        // From the sums of lines, the same bits.
+        let isa = isas()[number % 2];
+        let mut sums = vec![f32::NAN; h * c];
+        for (line, sums) in images.chunks_exact(w * c).zip(sums.chunks_exact_mut(c)) {
+            elementwise::sum_pixels(isa, line, sums);
+        }
+        let sums = Batch::new(&sums, Dims::new(h, 1, c), random_border(&mut rng), 1);
+        let mut of_sums = vec![f32::NAN; c];
+        // SAFETY: nobody writes the batch.
+        unsafe { average(isa, &sums.source(), 0, 0..c, h * w, &mut of_sums) };
+        assert_eq!(of_sums, out);
     }
 }
 

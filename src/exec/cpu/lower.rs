@@ -184,7 +184,10 @@ impl Lowering<'_> {
             Op::ChannelShuffle { groups } => Kind::ChannelShuffle { groups },
             Op::MaxPool(pool) => self.pool(id, pool, Reduction::Max),
             Op::AvgPool(pool) => self.pool(id, pool, Reduction::Average),
-            Op::GlobalAvgPool => Kind::GlobalAvgPool,
+            Op::GlobalAvgPool => {
+                let pixels = self.dims[node.inputs[0].index()].pixels();
+                Kind::GlobalAvgPool { pixels }
+            }
             Op::ClassToken { .. } => Kind::ClassToken {
                 token: self.parameters(node)?.swap_remove(0),
             },
@@ -328,6 +331,7 @@ impl Lowering<'_> {
                 window,
                 groups: groups.collect(),
                 store,
+                gated: false,
             }
         };
         let layout = &mut self.layouts[source.value];
@@ -383,6 +387,7 @@ impl Lowering<'_> {
                 Packed::new(self.options.isa, inputs, scale.len(), value).stored_in(&mut self.slab),
             ],
             store,
+            gated: false,
         }
     }
 
@@ -481,6 +486,7 @@ impl Lowering<'_> {
             isa: self.options.isa,
             inputs,
             output,
+            line_sums: None,
         });
     }
 
@@ -492,10 +498,12 @@ impl Lowering<'_> {
             let view = self.materialize(view);
             outputs.push((view.value, self.layouts[view.value].dims));
         }
+        self.gate_projections(&outputs);
         self.fuse(&outputs);
+        self.sum_lines();
         let mut used = vec![false; self.layouts.len()];
         for step in &self.steps {
-            for value in step.inputs.iter().map(|v| v.value).chain([step.output]) {
+            for value in step.values() {
                 used[self.memory_of[value]] = true;
             }
         }
@@ -516,8 +524,10 @@ impl Lowering<'_> {
             })
             .collect();
         for (index, step) in self.steps.iter().enumerate() {
-            lifetimes[step.output].first = index;
-            for value in step.inputs.iter().map(|v| v.value).chain([step.output]) {
+            for value in step.line_sums.into_iter().chain([step.output]) {
+                lifetimes[value].first = index;
+            }
+            for value in step.values() {
                 lifetimes[self.memory_of[value]].last = index;
             }
         }
@@ -544,16 +554,7 @@ impl Lowering<'_> {
     /// Makes one step of each depthwise convolution, the convolution that it alone reads from, and
     /// the pointwise one that alone reads from it.
     fn fuse(&mut self, outputs: &[(ValueId, Dims)]) {
-        let mut readers = vec![0; self.layouts.len()];
-        let views = self.steps.iter().flat_map(|s| &s.inputs);
-        let values = views.map(|v| v.value).chain(outputs.iter().map(|o| o.0));
-        for value in values {
-            readers[value] += 1;
-        }
-        // Memory that has another name too is read under that name.
-        for (value, &memory) in self.memory_of.iter().enumerate() {
-            readers[memory] += usize::from(memory != value);
-        }
+        let readers = self.reader_counts(outputs);
         let mut steps = std::mem::take(&mut self.steps).into_iter().peekable();
         while let Some(step) = steps.next() {
             // Whether the next step alone reads all of what this one gives.
@@ -575,9 +576,12 @@ impl Lowering<'_> {
                 _ => false,
             };
             let projects = |step: &Step| match &step.kind {
-                Kind::Conv { window, groups, .. } => {
-                    window.kernel == [1, 1] && window.stride == 1 && groups.len() == 1
-                }
+                Kind::Conv {
+                    window,
+                    groups,
+                    gated,
+                    ..
+                } => window.kernel == [1, 1] && window.stride == 1 && groups.len() == 1 && !gated,
                 _ => false,
             };
             let (expand, depthwise) = if is_depthwise(&step) {
@@ -600,6 +604,80 @@ impl Lowering<'_> {
         }
     }
 
+    /// For each value, how often it is read.
+    fn reader_counts(&self, outputs: &[(ValueId, Dims)]) -> Vec<usize> {
+        let mut readers = vec![0; self.layouts.len()];
+        let views = self.steps.iter().flat_map(|s| &s.inputs);
+        let values = views.map(|v| v.value).chain(outputs.iter().map(|o| o.0));
+        for value in values {
+            readers[value] += 1;
+        }
+        // Memory that has another name too is read under that name.
+        for (value, &memory) in self.memory_of.iter().enumerate() {
+            readers[memory] += usize::from(memory != value);
+        }
+        readers
+    }
+
+    /// A product of a map and a gate of one pixel becomes part of the pointwise convolution that
+    /// alone reads it, which multiplies what it is about to use.
+    fn gate_projections(&mut self, outputs: &[(ValueId, Dims)]) {
+        let readers = self.reader_counts(outputs);
+        let mut steps = std::mem::take(&mut self.steps).into_iter().peekable();
+        while let Some(step) = steps.next() {
+            let gates = matches!(step.kind, Kind::Multiply)
+                && self.layouts[step.inputs[1].value].dims.pixels() == 1
+                && readers[step.output] == 1;
+            let projects = |next: &Step| match &next.kind {
+                Kind::Conv { window, groups, .. } => {
+                    window.kernel == [1, 1]
+                        && window.stride == 1
+                        && groups.len() == 1
+                        && next.inputs[0] == self.whole(step.output)
+                }
+                _ => false,
+            };
+            match steps.next_if(|next| gates && projects(next)) {
+                Some(mut next) => {
+                    if let Kind::Conv { gated, .. } = &mut next.kind {
+                        *gated = true;
+                    }
+                    next.inputs.splice(0..1, step.inputs);
+                    self.steps.push(next);
+                }
+                None => self.steps.push(step),
+            }
+        }
+    }
+
+    /// A mean of all pixels is made from the sums of lines, where the step that computes them can
+    /// give those.
+    fn sum_lines(&mut self) {
+        for index in 1..self.steps.len() {
+            let (before, after) = self.steps.split_at_mut(index);
+            let [step, ..] = after else { continue };
+            let Kind::GlobalAvgPool { .. } = step.kind else {
+                continue;
+            };
+            let maker = before.iter_mut().find(|maker| {
+                let sums = matches!(maker.kind, Kind::Bottleneck(_) | Kind::Depthwise { .. });
+                sums && maker.output == step.inputs[0].value
+            });
+            let Some(maker) = maker else { continue };
+            let Dims { h, c, .. } = self.layouts[maker.output].dims;
+            let dims = Dims::new(h, 1, c);
+            let sums = *maker.line_sums.get_or_insert(self.layouts.len());
+            step.inputs[0] = View {
+                value: sums,
+                start: 0,
+                channels: c,
+            };
+            if sums == self.layouts.len() {
+                self.new_value(dims);
+            }
+        }
+    }
+
     /// One step of several: see [`Bottleneck`].
     fn bottleneck(&self, expand: Option<Step>, depthwise: Step, project: Option<Step>) -> Step {
         let hidden = self.layouts[depthwise.inputs[0].value].dims;
@@ -609,6 +687,7 @@ impl Lowering<'_> {
                 window,
                 mut groups,
                 store,
+                ..
             } => (window, groups.swap_remove(0), store),
             _ => unreachable!("chosen as a product"),
         };
@@ -638,6 +717,7 @@ impl Lowering<'_> {
             isa: depthwise.isa,
             inputs,
             output,
+            line_sums: None,
         }
     }
 }

@@ -156,16 +156,17 @@ impl Plan {
                 .iter()
                 .map(|v| self.slots[v.value].range(count))
                 .collect();
-            let (output, inputs) = self
-                .arena
-                .split(self.slots[step.output].range(count), &ranges);
+            let written = [Some(step.output), step.line_sums];
+            let written = written.map(|v| v.map_or(0..0, |v| self.slots[v].range(count)));
+            let ([output, sums], inputs) = self.arena.split_many(written, &ranges);
             let inputs: Vec<Source> = inputs
                 .into_iter()
                 .zip(&step.inputs)
                 .map(|(values, view)| Source::new(values, layout(view.value), count))
                 .collect();
             let output = Target::new(output, layout(step.output), count);
-            step.run(&self.pool, &inputs, output, count, &mut self.scratch);
+            let sums = step.line_sums.map(|v| Target::new(sums, layout(v), count));
+            step.run(&self.pool, &inputs, output, sums, count, &mut self.scratch);
             *timing += started.elapsed();
         }
     }

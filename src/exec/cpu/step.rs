@@ -12,7 +12,7 @@ use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::{Epilogue, Packed, Rows, Store, gemm};
 use crate::kernels::grouped::Grouped;
 use crate::kernels::memory::Buffer;
-use crate::kernels::pool::{Reduction, global_average, pool};
+use crate::kernels::pool::{Reduction, average, pool};
 use crate::kernels::winograd::{self, Winograd};
 use crate::kernels::{Dims, Isa, Source, Target, Window, attention, elementwise, norm};
 
@@ -25,6 +25,9 @@ pub(super) struct Step {
     /// What the kind says that it reads, in order.
     pub inputs: Vec<View>,
     pub output: ValueId,
+    /// Where the sums of the output's lines go, `[H, 1, C]`, if they are wanted: a mean of the
+    /// whole map needs no second look at it then.
+    pub line_sums: Option<ValueId>,
 }
 
 /// A value, or some of its channels. Only convolutions and [`Kind::Concat`] read parts.
@@ -44,6 +47,9 @@ pub(super) enum Kind {
         /// For each group, depth in the order of kernel rows, columns, channels.
         groups: Vec<Packed>,
         store: Store,
+        /// A pointwise one's input is multiplied by the second input, of one pixel; the residual
+        /// is the third then.
+        gated: bool,
     },
     Winograd {
         conv: Winograd,
@@ -80,7 +86,10 @@ pub(super) enum Kind {
         reduction: Reduction,
         window: Window,
     },
-    GlobalAvgPool,
+    /// The mean over all pixels, or over those that the input's lines are sums of.
+    GlobalAvgPool {
+        pixels: usize,
+    },
     /// The token, then the input's.
     ClassToken {
         token: Vec<f32>,
@@ -106,6 +115,8 @@ pub(super) enum Kind {
 #[derive(Default)]
 struct Scratch {
     rows: Rows,
+    /// Rows that were multiplied by a gate.
+    gated: Vec<f32>,
     attention: attention::Scratch,
 }
 
@@ -137,7 +148,7 @@ impl Kind {
             Kind::Concat { .. } => "concat",
             Kind::ChannelShuffle { .. } => "channel shuffle",
             Kind::Pool { .. } => "pool",
-            Kind::GlobalAvgPool => "global pool",
+            Kind::GlobalAvgPool { .. } => "global pool",
             Kind::ClassToken { .. } => "class token",
             Kind::AddConstant { .. } => "positions",
             Kind::LayerNorm { .. } => "layer norm",
@@ -148,6 +159,12 @@ impl Kind {
 }
 
 impl Step {
+    /// All values that it reads or writes.
+    pub fn values(&self) -> impl Iterator<Item = ValueId> {
+        let inputs = self.inputs.iter().map(|view| view.value);
+        inputs.chain([self.output]).chain(self.line_sums)
+    }
+
     /// Computes the output for a batch of `count` images.
     ///
     /// In every task below, the rows, pixels or channels that are written are the task's own, and
@@ -158,6 +175,7 @@ impl Step {
         threads: &Pool,
         inputs: &[Source],
         output: Target,
+        line_sums: Option<Target>,
         count: usize,
         scratch: &mut Buffer,
     ) {
@@ -166,6 +184,7 @@ impl Step {
             threads,
             inputs,
             output,
+            line_sums,
             count,
         };
         let isa = self.isa;
@@ -175,13 +194,15 @@ impl Step {
                 window,
                 groups,
                 store,
-            } => run.convolution(window, groups, store),
+                gated,
+            } => run.convolution(window, groups, store, *gated),
             Kind::Winograd { conv, store } => run.winograd(conv, store, scratch),
             Kind::Depthwise { conv, store } => run.for_row_blocks(|image, rows| {
                 // SAFETY: see above.
                 unsafe {
-                    let residual = inputs.get(1);
-                    conv.rows(&inputs[0], &output, residual, store.epilogue(), image, rows);
+                    let (residual, epilogue) = (inputs.get(1), store.epilogue());
+                    conv.rows(&inputs[0], &output, residual, epilogue, image, rows.clone());
+                    run.sum_lines(image, rows);
                 }
             }),
             Kind::Grouped { conv, store } => run.for_row_blocks(|image, rows| {
@@ -236,7 +257,7 @@ impl Step {
                 // SAFETY: see above.
                 unsafe { pool(isa, *reduction, window, &inputs[0], &output, image, rows) };
             }),
-            Kind::GlobalAvgPool => {
+            Kind::GlobalAvgPool { pixels } => {
                 const BLOCK: usize = 64;
                 let blocks = channels.div_ceil(BLOCK);
                 run.tasks(count * blocks, |task| {
@@ -246,7 +267,7 @@ impl Step {
                     unsafe {
                         let out = output.image(image).add(output.layout.offset(0, 0) + start);
                         let out = std::slice::from_raw_parts_mut(out, part.len());
-                        global_average(isa, &inputs[0], image, part, out);
+                        average(isa, &inputs[0], image, part, *pixels, out);
                     }
                 });
             }
@@ -307,6 +328,7 @@ struct Run<'a> {
     threads: &'a Pool,
     inputs: &'a [Source],
     output: Target,
+    line_sums: Option<Target>,
     count: usize,
 }
 
@@ -353,7 +375,20 @@ impl Run<'_> {
         });
     }
 
-    fn convolution(&self, window: &Window, groups: &[Packed], store: &Store) {
+    /// Sums lines of the output, where that is wanted.
+    ///
+    /// # Safety
+    /// The lines are the task's own, and computed.
+    unsafe fn sum_lines(&self, image: usize, lines: Range<usize>) {
+        let Some(sums) = &self.line_sums else { return };
+        for y in lines {
+            // SAFETY: as the caller promises.
+            let (line, sums) = unsafe { (self.output.row(image, y), sums.row(image, y)) };
+            elementwise::sum_pixels(self.step.isa, line, sums);
+        }
+    }
+
+    fn convolution(&self, window: &Window, groups: &[Packed], store: &Store, gated: bool) {
         let Self {
             step,
             inputs,
@@ -377,7 +412,8 @@ impl Run<'_> {
         };
         let pixels = count * output.layout.dims.pixels();
         let panels = groups[0].panel_count();
-        let (block, part) = self.division(pixels, panels, groups.len(), groups[0].depth());
+        let depth = groups[0].depth();
+        let (block, part) = self.division(pixels, panels, groups.len(), depth, gated);
         let (blocks, parts) = (pixels.div_ceil(block), panels.div_ceil(part));
         self.tasks(blocks * groups.len() * parts, |task| {
             let (block_index, rest) =
@@ -391,15 +427,26 @@ impl Run<'_> {
                 bias: &store.bias[group * outs..(group + 1) * outs],
                 activation: store.activation,
             };
-            SCRATCH.with_borrow_mut(|Scratch { rows, .. }| {
-                // SAFETY: the kernels' contract, see `Step::run`; the input's border is as wide
-                // as its readers' windows reach.
-                unsafe {
-                    let residual = inputs.get(1);
-                    rows.set_pixels(pixels, window, &inputs[0], &output, residual, places);
-                    gemm(&groups[group], panels, rows, &taps, epilogue);
-                }
-            });
+            SCRATCH.with_borrow_mut(
+                |Scratch {
+                     rows,
+                     gated: buffer,
+                     ..
+                 }| {
+                    // SAFETY: the kernels' contract, see `Step::run`; the input's border is as wide
+                    // as its readers' windows reach.
+                    unsafe {
+                        let residual = inputs.get(1 + usize::from(gated));
+                        let first = pixels.start;
+                        rows.set_pixels(pixels, window, &inputs[0], &output, residual, places);
+                        if gated {
+                            let image = |row: usize| (first + row) / output.layout.dims.pixels();
+                            rows.weigh(step.isa, depth, buffer, |row| self.row(1, image(row), 0));
+                        }
+                        gemm(&groups[group], panels, rows, &taps, epilogue);
+                    }
+                },
+            );
         });
     }
 
@@ -407,7 +454,15 @@ impl Run<'_> {
     ///
     /// Of a few divisions with blocks that the cache holds, the one that is estimated to end
     /// first; an estimate is the time of the thread with the most tasks.
-    fn division(&self, rows: usize, panels: usize, groups: usize, depth: usize) -> (usize, usize) {
+    /// Rows that are multiplied by a gate are so for every part anew.
+    fn division(
+        &self,
+        rows: usize,
+        panels: usize,
+        groups: usize,
+        depth: usize,
+        gated: bool,
+    ) -> (usize, usize) {
         const TILE: usize = Packed::TILE_ROWS;
         // Of a task, in products of a row and a panel's column of vectors.
         const OVERHEAD: usize = 4_000;
@@ -422,7 +477,12 @@ impl Run<'_> {
                 let part = panels.div_ceil(parts);
                 let tasks = blocks * panels.div_ceil(part) * groups;
                 let task = block.min(rows).next_multiple_of(TILE) * part * depth;
-                let time = tasks.div_ceil(threads) * (task + OVERHEAD);
+                let gates = if gated {
+                    block.min(rows) * depth / 4
+                } else {
+                    0
+                };
+                let time = tasks.div_ceil(threads) * (task + gates + OVERHEAD);
                 best = best.min((time, (block, part)));
             }
         }
@@ -448,8 +508,9 @@ impl Run<'_> {
                     while let Some(lines) = shares.next(index, block.lines(), height) {
                         let image = lines.start / height;
                         let lines = lines.start - image * height..lines.end - image * height;
-                        let residual = inputs.get(1);
-                        worker.compute(&inputs[0], &output, residual, image, lines, rows);
+                        let (input, residual) = (&inputs[0], inputs.get(1));
+                        worker.compute(input, &output, residual, image, lines.clone(), rows);
+                        self.sum_lines(image, lines);
                     }
                 }
             });
