@@ -106,6 +106,16 @@ impl Graph {
         }
     }
 
+    /// The same network, of which training leaves nothing out.
+    pub fn without_dropout(mut self) -> Self {
+        for node in &mut self.nodes {
+            if let Op::Dropout { p } = &mut node.op {
+                *p = 0.0;
+            }
+        }
+        self
+    }
+
     /// Number of classes that the head tells apart.
     pub fn num_classes(&self) -> usize {
         match self.head().op {
