@@ -6,6 +6,15 @@
 //! window of an output pixel is `kernel height` runs of `kernel width · C` contiguous values, and
 //! no kernel asks whether it is inside the image.
 //!
+//! # Which kernel for what
+//! - [`gemm`]: products, that is linear layers, pointwise convolutions, and all others that have
+//!   no kernel of their own.
+//! - [`winograd`]: 3x3 convolutions of stride 1, with fewer multiplications and other digits.
+//! - [`depthwise`]: one channel a group; [`grouped`]: four.
+//! - [`bottleneck`]: a depthwise convolution with the products around it, line by line.
+//! - [`attention`], [`norm`], [`pool`], [`elementwise`], [`resample`]: what their names say.
+//! - [`memory`]: blocks of memory in large pages.
+//!
 //! # Work
 //! Each kernel computes a part of an output that its caller chooses. The value of a pixel never
 //! depends on that choice: the order of the sums behind it is fixed by the layer.

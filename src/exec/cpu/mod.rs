@@ -3,14 +3,31 @@
 //! [`Plan::compile`] walks the graph once for one input size. Batch norms are folded into the
 //! convolutions before them; residual sums and activations become part of the convolution's
 //! store; reshapes, dropout and channel slices disappear. Weights are packed, or transformed for
-//! Winograd's algorithm, once. Every value that is left gets a place in one arena, shared by
-//! values that are never alive together, with a border of zeros as wide as its readers' windows
-//! reach. Values are `[N, H, W, C]`; a sequence is an image of width 1, a vector one of a single
-//! pixel.
+//! Winograd's algorithm, once. Then steps that pass a value only between themselves are joined:
+//! a depthwise convolution with the product before and the one after it, a gate with the
+//! projection that it is for, a mean with the step that computes what it is the mean of. Every
+//! value that is left gets a place in one arena, shared by values that are never alive together,
+//! with a border of zeros as wide as its readers' windows reach. Values are `[N, H, W, C]`; a
+//! sequence is an image of width 1, a vector one of a single pixel.
 //!
 //! Steps run one after the other, each as a number of tasks for a small pool of threads. An
 //! image's result has the same bits for any number of threads and any batch: algorithms are
-//! chosen by the layer, and no sum is split among tasks.
+//! chosen by the layer, and no sum is split among tasks. How a step is divided may depend on the
+//! threads and the batch, since no bit does.
+//!
+//! # Where to change what
+//! - `lower`: which kernel a layer gets (`lower`'s `convolution`, for example, chooses between
+//!   product, Winograd, depthwise and grouped), what is folded and joined, and borders.
+//! - `step`: how a step of each kind is divided into tasks, and which kernel a task calls.
+//! - `arena`: which values share memory.
+//! - `pool` and `shares`: who does which task.
+//! - [`crate::kernels`]: the computations; each file begins with its idea.
+//!
+//! A new kernel: write it in [`crate::kernels`] over parts of an output that the caller chooses,
+//! test it against a plain loop in `kernels/tests.rs`, give it a `Kind` in `step`, a line in
+//! `Step::run`, and a condition in `lower` that depends on the layer's shape alone. The
+//! networks' tests then hold it to the reference, to the same bits for any threads and batch, and
+//! `sconce bench -m NAME -v` shows what it takes.
 
 mod arena;
 mod lower;

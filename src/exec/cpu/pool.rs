@@ -4,7 +4,8 @@
 //! microsecond: workers spin for a moment between steps before they sleep, and tasks are claimed
 //! one by one from a counter. A step ends when its tasks are done, not when every worker has
 //! noticed: where another process has taken a core away, the others do the work and nobody waits
-//! for the thread that is not running.
+//! for the thread that is not running. Threads beyond the machine's cores are left asleep: they
+//! could only take turns with the others.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -22,6 +23,8 @@ type Task<'a> = &'a (dyn Fn(usize) + Sync);
 pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
+    /// Workers that can run at the same time as the caller.
+    useful: usize,
     /// One step at a time.
     running: Mutex<()>,
 }
@@ -49,6 +52,7 @@ impl Pool {
         let mut pool = Self {
             shared: Arc::default(),
             workers: Vec::new(),
+            useful: std::thread::available_parallelism().map_or(threads, |cores| cores.get()) - 1,
             running: Mutex::new(()),
         };
         for index in 1..threads {
@@ -104,8 +108,10 @@ impl Pool {
         shared
             .claimed
             .store(u64::from(epoch) << 32, Ordering::Release);
-        if *lock(&shared.sleeping) > 0 {
-            shared.wake.notify_all();
+        let sleeping = *lock(&shared.sleeping);
+        let awake = self.workers.len() - sleeping;
+        for _ in awake..self.useful.min(count - 1).min(self.workers.len()) {
+            shared.wake.notify_one();
         }
         shared.take_part(epoch);
         let mut spins = 0;
