@@ -8,7 +8,9 @@ pub mod eager;
 pub mod params;
 mod runner;
 mod step;
+mod train;
 
 pub use device::{DeviceChoice, DeviceError};
 pub use runner::Runner;
 pub use step::{EagerStep, HeadStep, TrainingStep, Variables, head_logits, training_step};
+pub use train::PlanStep;

@@ -64,6 +64,13 @@ impl Graph {
         NodeId(0)
     }
 
+    /// The nodes up to and with `last`, which becomes the output.
+    pub fn until(&self, last: NodeId) -> Self {
+        Self {
+            nodes: self.nodes[..=last.0].to_vec(),
+        }
+    }
+
     /// The node that gives the logits.
     pub fn output(&self) -> NodeId {
         NodeId(self.nodes.len() - 1)

@@ -1,6 +1,7 @@
 //! Multi-head self-attention, between its projections.
 
 use super::Isa;
+use super::elementwise::exp;
 use super::gemm::{Epilogue, Packed, Rows, gemm};
 
 /// Scratch of one head.
@@ -61,7 +62,7 @@ pub unsafe fn head(
 
 /// Softmax of one row in place.
 #[inline(always)]
-fn softmax(row: &mut [f32]) {
+pub(super) fn softmax(row: &mut [f32]) {
     const LANES: usize = 16;
     let mut maxima = [f32::NEG_INFINITY; LANES];
     let mut sums = [0.0; LANES];
@@ -89,30 +90,4 @@ fn softmax(row: &mut [f32]) {
     }
     let scale = 1.0 / sum;
     row.iter_mut().for_each(|v| *v *= scale);
-}
-
-/// e^x for x up to 88, without a branch: 2^n·e^r with |r| at most ln 2 / 2, e^r by a polynomial.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    // Adding it leaves an integer in the last bits.
-    const SHIFT: f32 = 12_582_912.0;
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let x = if x > -87.0 { x } else { -87.0 };
-    let shifted = x * std::f32::consts::LOG2_E + SHIFT;
-    let n = shifted - SHIFT;
-    let r = x - n * LN2_HIGH - n * LN2_LOW;
-    let mut p = 1.987_569_1e-4_f32;
-    for coefficient in [
-        1.398_199_9e-3,
-        8.333_452e-3,
-        4.166_579_6e-2,
-        0.166_666_66,
-        0.5,
-    ] {
-        p = p * r + coefficient;
-    }
-    let p = p * r * r + r + 1.0;
-    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0_f32.to_bits()));
-    p * power
 }

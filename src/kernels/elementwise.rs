@@ -66,6 +66,69 @@ fn erf<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.div_f32s(simd.mul_f32s(x, p), q)
 }
 
+/// An activation of a value.
+#[inline(always)]
+pub(super) fn activate_value(activation: Option<Activation>, x: f32) -> f32 {
+    match activation {
+        None => x,
+        Some(activation) => activate_vector(pulp::Scalar, activation, x),
+    }
+}
+
+/// The derivative of an activation at `x`; at the corners what PyTorch takes.
+#[inline(always)]
+pub(super) fn derivative(activation: Option<Activation>, x: f32) -> f32 {
+    let inside = |low, high, value| if x > low && x < high { value } else { 0.0 };
+    match activation {
+        None => 1.0,
+        Some(Activation::Relu) => {
+            if x > 0.0 {
+                1.0
+            } else {
+                0.0
+            }
+        }
+        Some(Activation::Relu6) => inside(0.0, 6.0, 1.0),
+        Some(Activation::HardSigmoid) => inside(-3.0, 3.0, 1.0 / 6.0),
+        Some(Activation::HardSwish) => {
+            let slope = if x < 3.0 { x * (1.0 / 3.0) + 0.5 } else { 1.0 };
+            if x > -3.0 { slope } else { 0.0 }
+        }
+        Some(Activation::Gelu) => {
+            let cumulative = 0.5 * erf(pulp::Scalar, x * std::f32::consts::FRAC_1_SQRT_2) + 0.5;
+            // 1 / sqrt(2 pi)
+            let density = 0.398_942_3 * exp(-0.5 * x * x);
+            x * density + cumulative
+        }
+    }
+}
+
+/// e^x for x up to 88, without a branch: 2^n·e^r with |r| at most ln 2 / 2, e^r by a polynomial.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    // Adding it leaves an integer in the last bits.
+    const SHIFT: f32 = 12_582_912.0;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let x = if x > -87.0 { x } else { -87.0 };
+    let shifted = x * std::f32::consts::LOG2_E + SHIFT;
+    let n = shifted - SHIFT;
+    let r = x - n * LN2_HIGH - n * LN2_LOW;
+    let mut p = 1.987_569_1e-4_f32;
+    for coefficient in [
+        1.398_199_9e-3,
+        8.333_452e-3,
+        4.166_579_6e-2,
+        0.166_666_66,
+        0.5,
+    ] {
+        p = p * r + coefficient;
+    }
+    let p = p * r * r + r + 1.0;
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0_f32.to_bits()));
+    p * power
+}
+
 /// `out = activation(input)`.
 pub fn activate(isa: Isa, activation: Activation, input: &[f32], out: &mut [f32]) {
     struct Activate<'a>(Activation, &'a [f32], &'a mut [f32]);

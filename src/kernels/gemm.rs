@@ -71,6 +71,23 @@ impl Packed {
         }
     }
 
+    /// Other values in the place of the old ones, `value(row, column)` each.
+    pub fn refill(&mut self, value: impl Fn(usize, usize) -> f32) {
+        let Values::Own(values) = &mut self.values else {
+            unreachable!("weights that change are not kept in a slab");
+        };
+        let lanes = self.isa.lanes();
+        for panel in &self.panels {
+            let width = panel.vectors * lanes;
+            let rows = values[panel.offset..][..self.depth * width].chunks_exact_mut(width);
+            for (row, to) in rows.enumerate() {
+                for (column, to) in to[..panel.columns].iter_mut().enumerate() {
+                    *to = value(row, panel.start + column);
+                }
+            }
+        }
+    }
+
     /// The same in memory of the slab.
     pub fn stored_in(self, slab: &mut Slab) -> Self {
         let values = Values::Shared(slab.store(self.values()));
@@ -163,8 +180,8 @@ impl Rows {
         }
     }
 
-    /// Takes all rows away.
-    pub(super) fn clear(&mut self) {
+    /// Forgets all rows, and keeps their memory.
+    pub fn clear(&mut self) {
         self.inputs.clear();
         self.outputs.clear();
         self.residuals.clear();

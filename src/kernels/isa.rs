@@ -29,7 +29,7 @@ impl Isa {
 
     /// Runs plain loops, compiled for the instruction set.
     #[inline(always)]
-    pub(super) fn compiled<R>(self, op: impl FnOnce() -> R) -> R {
+    pub fn compiled<R>(self, op: impl FnOnce() -> R) -> R {
         self.arch.dispatch(op)
     }
 

@@ -57,7 +57,8 @@ impl Buffer {
         }
     }
 
-    fn pointer(&self) -> *mut f32 {
+    /// The first value's address, for who keeps track of who writes what.
+    pub fn pointer(&self) -> *mut f32 {
         self.block
             .map_or(NonNull::dangling(), |(block, _)| block)
             .as_ptr()

@@ -29,8 +29,10 @@
 //! wholly behind the pointer, and nobody else touches the part that is written.
 
 pub mod attention;
+pub mod attention_gradient;
 pub mod bottleneck;
 pub mod depthwise;
+pub mod depthwise_gradient;
 pub mod elementwise;
 pub mod gemm;
 pub mod grouped;
@@ -40,6 +42,8 @@ pub mod norm;
 pub mod optimizer;
 pub mod pool;
 pub mod resample;
+pub mod rowwise;
+pub mod transposed;
 pub mod winograd;
 
 #[cfg(test)]
@@ -201,6 +205,11 @@ impl Source {
         }
     }
 
+    /// The images that lie behind a pointer.
+    pub fn at(pointer: *const f32, layout: Layout) -> Self {
+        Self { pointer, layout }
+    }
+
     /// First value of an image, its border included.
     ///
     /// # Safety
@@ -237,6 +246,11 @@ impl Target {
             pointer: values.as_mut_ptr(),
             layout,
         }
+    }
+
+    /// The images that lie behind a pointer.
+    pub fn at(pointer: *mut f32, layout: Layout) -> Self {
+        Self { pointer, layout }
     }
 
     /// First value of an image, its border included.

@@ -3,14 +3,14 @@
 use std::ops::Range;
 
 /// Index of a value in a plan.
-pub(super) type ValueId = usize;
+pub(in crate::exec) type ValueId = usize;
 
 /// Values are placed at multiples of a cache line.
 const ALIGNMENT: usize = 64 / size_of::<f32>();
 
 /// From the step that writes a value to the last that reads it, and its length for one image.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Lifetime {
+pub(in crate::exec) struct Lifetime {
     pub first: usize,
     pub last: usize,
     pub len: usize,
@@ -18,7 +18,7 @@ pub(super) struct Lifetime {
 
 /// Where a value lies, for a batch of one; a batch of N scales offset and length by N.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Slot {
+pub(in crate::exec) struct Slot {
     offset: usize,
     len: usize,
 }
@@ -32,7 +32,7 @@ impl Slot {
 
 /// Gives every value a place such that no two that are alive at one step overlap: the largest
 /// first, each at the lowest place that is free.
-pub(super) fn place(lifetimes: &[Lifetime]) -> Vec<Slot> {
+pub(in crate::exec) fn place(lifetimes: &[Lifetime]) -> Vec<Slot> {
     let mut order: Vec<ValueId> = (0..lifetimes.len()).collect();
     order.sort_by_key(|&v| (std::cmp::Reverse(lifetimes[v].len), v));
     let mut slots: Vec<Option<Slot>> = vec![None; lifetimes.len()];
@@ -59,7 +59,7 @@ pub(super) fn place(lifetimes: &[Lifetime]) -> Vec<Slot> {
 }
 
 /// Length of the arena for a batch of one.
-pub(super) fn per_image(slots: &[Slot]) -> usize {
+pub(in crate::exec) fn per_image(slots: &[Slot]) -> usize {
     slots.iter().map(|s| s.offset + s.len).max().unwrap_or(0)
 }
 

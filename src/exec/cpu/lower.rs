@@ -70,7 +70,7 @@ pub(super) fn lower(
 }
 
 /// How a value lies in memory: a sequence is an image of width 1, a vector one pixel.
-fn layout(shape: Shape) -> Dims {
+pub(in crate::exec) fn layout(shape: Shape) -> Dims {
     match shape {
         Shape::Map {
             channels,
@@ -746,7 +746,7 @@ fn fold_batch_norm(parameters: &[Vec<f32>], eps: f64) -> (Vec<f64>, Vec<f64>) {
         .unzip()
 }
 
-fn window(input: Dims, kernel: [usize; 2], stride: usize, padding: Padding) -> Window {
+pub(in crate::exec) fn window(input: Dims, kernel: [usize; 2], stride: usize, padding: Padding) -> Window {
     Window {
         kernel,
         stride,

@@ -29,9 +29,9 @@
 //! networks' tests then hold it to the reference, to the same bits for any threads and batch, and
 //! `sconce bench -m NAME -v` shows what it takes.
 
-mod arena;
-mod lower;
-mod pool;
+pub(in crate::exec) mod arena;
+pub(in crate::exec) mod lower;
+pub(in crate::exec) mod pool;
 mod shares;
 mod step;
 

@@ -1,0 +1,957 @@
+//! Convolutions and linear layers in training: forward, and the gradients of input, weights and
+//! bias.
+//!
+//! A task is a block: some rows of one image's output, or some whole images. Forward, it fills a
+//! strip of input rows (the batch norm and activation before it computed on the way), multiplies,
+//! and takes the moments of what it wrote while that is still in the cache. Backward, it fills a
+//! strip of the output's gradient (from the gradient behind the batch norm) and one of the input,
+//! adds to the weights' gradient and hands the input's gradient on.
+//!
+//! Blocks, and with them the order of all sums, follow from the layer's shape alone.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::values::{
+    Destination, Feed, Memory, NormId, OutputGradient, ParameterId, Shared, Strip, ValueId,
+};
+use crate::graph::Conv2d;
+use crate::kernels::depthwise::Depthwise;
+use crate::kernels::gemm::{Epilogue, Packed, Rows, gemm};
+use crate::kernels::transposed::{self, PANEL, Panels, pack_row, padded};
+use crate::kernels::{
+    Dims, Isa, Layout, Source, Target, Window, depthwise_gradient, rowwise,
+};
+
+/// What a task of a layer is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Block {
+    pub image: usize,
+    /// More than one only where `rows` are all.
+    pub images: usize,
+    pub y: usize,
+    pub rows: usize,
+}
+
+impl Block {
+    /// Divides the outputs of a batch into blocks of about `pixels`.
+    pub fn divide(count: usize, output: Dims, pixels: usize) -> Vec<Self> {
+        let Dims { h, .. } = output;
+        if output.pixels() <= pixels {
+            let images = (pixels / output.pixels()).clamp(1, count.div_ceil(8).max(1));
+            return (0..count)
+                .step_by(images)
+                .map(|image| Block {
+                    image,
+                    images: images.min(count - image),
+                    y: 0,
+                    rows: h,
+                })
+                .collect();
+        }
+        let rows = h.div_ceil(output.pixels().div_ceil(pixels));
+        (0..count)
+            .flat_map(|image| {
+                (0..h).step_by(rows).map(move |y| Block {
+                    image,
+                    images: 1,
+                    y,
+                    rows: rows.min(h - y),
+                })
+            })
+            .collect()
+    }
+
+    /// First pixel, counted through all images, and how many.
+    pub fn pixels(&self, dims: Dims) -> (usize, usize) {
+        let start = self.image * dims.pixels() + self.y * dims.w;
+        (start, self.images * self.rows * dims.w)
+    }
+}
+
+/// One convolution or linear layer.
+pub(super) struct Layer {
+    pub name: String,
+    pub conv: Conv2d,
+    pub window: Window,
+    /// Channels are those that are read, not all of the value's.
+    pub input: Dims,
+    pub output: Dims,
+    pub feed: Feed,
+    pub z: ValueId,
+    pub weight: ParameterId,
+    pub bias: Option<ParameterId>,
+    /// The norm that wants the moments of the output.
+    pub moments: Option<NormId>,
+    pub blocks: Vec<Block>,
+    pub weights: Weights,
+    pub bias_values: Vec<f32>,
+    pub backward: Option<Backward>,
+}
+
+/// Weights as the kernels read them, filled anew before each step.
+pub(super) enum Weights {
+    /// A product for each group.
+    Dense(Vec<Packed>),
+    Depthwise(Depthwise),
+}
+
+pub(super) struct Backward {
+    pub from: OutputGradient,
+    /// Trained weights: where the sums are kept.
+    pub weights: Option<WeightSums>,
+    /// A trained bias: partial sums `[blocks, outputs]`.
+    pub bias: Option<Vec<f32>>,
+    pub input: Option<InputGradient>,
+}
+
+/// How a weight gradient is summed over the blocks.
+pub(super) enum WeightSums {
+    /// Blocks in so many runs, each with sums of its own, `[lanes, groups, depth, outputs]`.
+    Lanes { lanes: usize, sums: ValueId },
+    /// All pixels of input windows and gradients are kept as panels, and multiplied afterwards:
+    /// for weights that are too many to have several sums of them.
+    Panels {
+        a: ValueId,
+        z: ValueId,
+        sums: ValueId,
+    },
+}
+
+pub(super) struct InputGradient {
+    pub destination: Destination,
+    pub phases: Vec<Phase>,
+    /// Stride 1 depthwise: the convolution with the kernel turned round.
+    pub turned: Option<Depthwise>,
+}
+
+/// Input pixels whose row and column plus padding leave the remainders `y` and `x` by the stride:
+/// they meet the same taps of the kernel.
+pub(super) struct Phase {
+    pub y: usize,
+    pub x: usize,
+    /// Taps down and across, those of every stride-th row and column.
+    pub taps: [usize; 2],
+    /// For each group: depth in the order of gradient rows, columns, outputs.
+    pub groups: Vec<Packed>,
+}
+
+/// A lane's sums should stay below this, in values.
+pub(super) const LANE_SUMS: usize = 256 << 10;
+/// Runs of blocks: enough for as many threads to share them evenly.
+const LANES: usize = 8;
+/// A block's strips should stay in the second-level cache.
+const STRIP_VALUES: usize = 64 << 10;
+
+#[derive(Default)]
+struct Scratch {
+    input: Vec<f32>,
+    gradient: Vec<f32>,
+    result: Vec<f32>,
+    window_panels: Vec<f32>,
+    gradient_panels: Vec<f32>,
+    line: Vec<f32>,
+    rows: Rows,
+}
+
+thread_local! {
+    /// Each thread's scratch, kept from step to step.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+fn room(values: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if values.len() < len {
+        values.resize(len, 0.0);
+    }
+    &mut values[..len]
+}
+
+/// Shape of the weight sums: depth of a group, its outputs padded to panels.
+struct SumShape {
+    groups: usize,
+    /// Inputs of a group times taps.
+    depth: usize,
+    outputs: usize,
+}
+
+impl SumShape {
+    fn window_panels(&self) -> usize {
+        padded(self.depth) / PANEL
+    }
+
+    fn gradient_panels(&self) -> usize {
+        padded(self.outputs) / PANEL
+    }
+
+    fn len(&self) -> usize {
+        self.groups * self.depth * padded(self.outputs)
+    }
+}
+
+impl Layer {
+    /// Pixels of a block that keep its strips in the cache.
+    pub fn block_pixels(conv: &Conv2d) -> usize {
+        let widest = conv.in_channels * conv.stride * conv.stride + conv.out_channels;
+        (STRIP_VALUES / widest).clamp(32, 512)
+    }
+
+    fn sum_shape(&self) -> SumShape {
+        let [kh, kw] = self.window.kernel;
+        SumShape {
+            groups: self.conv.groups,
+            depth: kh * kw * self.input.c / self.conv.groups,
+            outputs: self.output.c / self.conv.groups,
+        }
+    }
+
+    fn is_depthwise(&self) -> bool {
+        matches!(self.weights, Weights::Depthwise(_))
+    }
+
+    /// Runs of blocks that a weight gradient is summed in, and the values that it takes; or the
+    /// values of window panels, gradient panels and sums.
+    pub fn plan_weight_sums(&self) -> Result<(usize, usize), [usize; 3]> {
+        let lanes = LANES.min(self.blocks.len());
+        if self.is_depthwise() {
+            let [kh, kw] = self.window.kernel;
+            return Ok((lanes, lanes * kh * kw * self.output.c));
+        }
+        let shape = self.sum_shape();
+        if shape.len() <= LANE_SUMS {
+            return Ok((lanes, lanes * shape.len()));
+        }
+        let pixels: usize = self.blocks.iter().map(|b| b.pixels(self.output).1).sum();
+        let panels = |count: usize| shape.groups * count * PANEL * pixels;
+        Err([
+            panels(shape.window_panels()),
+            panels(shape.gradient_panels()),
+            shape.len(),
+        ])
+    }
+
+    /// An unfilled forward and backward side for a layer.
+    pub fn new_weights(isa: Isa, conv: &Conv2d, window: Window) -> Weights {
+        let [kh, kw] = conv.kernel;
+        if conv.is_depthwise() {
+            // The window of a strip, which begins with the first row that is read.
+            let window = Window {
+                before: [0, window.before[1]],
+                ..window
+            };
+            return Weights::Depthwise(Depthwise {
+                isa,
+                window,
+                weights: vec![0.0; kh * kw * conv.out_channels],
+            });
+        }
+        let (ins, outs) = (conv.in_channels / conv.groups, conv.out_channels / conv.groups);
+        let pack = |_| Packed::new(isa, kh * kw * ins, outs, |_, _| 0.0);
+        Weights::Dense((0..conv.groups).map(pack).collect())
+    }
+
+    pub fn new_input_gradient(
+        isa: Isa,
+        conv: &Conv2d,
+        destination: Destination,
+    ) -> InputGradient {
+        let [kh, kw] = conv.kernel;
+        let s = conv.stride;
+        let (ins, outs) = (conv.in_channels / conv.groups, conv.out_channels / conv.groups);
+        let depthwise = conv.is_depthwise();
+        let along = |size: usize, phase: usize| size.saturating_sub(phase).div_ceil(s);
+        let mut phases = Vec::new();
+        for y in 0..s {
+            for x in 0..s {
+                let taps = [along(kh, y), along(kw, x)];
+                let depth = taps[0] * taps[1] * outs;
+                let pack = |_| Packed::new(isa, depth, ins, |_, _| 0.0);
+                let groups = if depthwise || depth == 0 {
+                    Vec::new()
+                } else {
+                    (0..conv.groups).map(pack).collect()
+                };
+                phases.push(Phase { y, x, taps, groups });
+            }
+        }
+        let turned = (depthwise && s == 1).then(|| Depthwise {
+            isa,
+            window: Window {
+                kernel: conv.kernel,
+                stride: 1,
+                before: [0, 0],
+            },
+            weights: vec![0.0; kh * kw * conv.out_channels],
+        });
+        InputGradient {
+            destination,
+            phases,
+            turned,
+        }
+    }
+
+    /// Takes the parameters as they are now.
+    pub fn load(&mut self, weight: &[f32], bias: Option<&[f32]>) {
+        let [kh, kw] = self.window.kernel;
+        let area = kh * kw;
+        let s = self.conv.stride;
+        let groups = self.conv.groups;
+        let (ins, outs) = (self.conv.in_channels / groups, self.conv.out_channels / groups);
+        match bias {
+            Some(bias) => self.bias_values.copy_from_slice(bias),
+            None => self.bias_values.fill(0.0),
+        }
+        match &mut self.weights {
+            Weights::Depthwise(conv) => {
+                for tap in 0..area {
+                    for c in 0..outs * groups {
+                        conv.weights[tap * outs * groups + c] = weight[c * area + tap];
+                    }
+                }
+            }
+            Weights::Dense(packed) => {
+                for (group, packed) in packed.iter_mut().enumerate() {
+                    if area == 1 {
+                        packed.refill(|i, o| weight[(group * outs + o) * ins + i]);
+                        continue;
+                    }
+                    packed.refill(|row, column| {
+                        let (tap, i) = (row / ins, row % ins);
+                        weight[((group * outs + column) * ins + i) * area + tap]
+                    });
+                }
+            }
+        }
+        let input = self.backward.as_mut().and_then(|b| b.input.as_mut());
+        let Some(InputGradient { phases, turned, .. }) = input else {
+            return;
+        };
+        if let Some(turned) = turned {
+            let channels = outs * groups;
+            for tap in 0..area {
+                for c in 0..channels {
+                    turned.weights[tap * channels + c] = weight[c * area + area - 1 - tap];
+                }
+            }
+        }
+        for phase in phases {
+            let [ty, tx] = phase.taps;
+            let (py, px) = (phase.y, phase.x);
+            for (group, packed) in phase.groups.iter_mut().enumerate() {
+                if area == 1 {
+                    packed.refill(|o, i| weight[(group * outs + o) * ins + i]);
+                    continue;
+                }
+                packed.refill(|row, i| {
+                    let (tap, o) = (row / outs, row % outs);
+                    let (y, x) = (tap / tx, tap % tx);
+                    let (ky, kx) = (py + (ty - 1 - y) * s, px + (tx - 1 - x) * s);
+                    weight[((group * outs + o) * ins + i) * area + ky * kw + kx]
+                });
+            }
+        }
+    }
+
+    /// Whether windows are single pixels, so that a row of the input is a row of the product.
+    fn is_pointwise(&self) -> bool {
+        self.window.kernel == [1, 1] && self.window.before == [0, 0]
+    }
+
+    /// The strip of input that a block's windows read, and its first row.
+    fn input_strip(&self, block: &Block) -> (Strip, isize) {
+        let Window {
+            kernel: [kh, kw],
+            stride,
+            before: [top, left],
+        } = self.window;
+        let reach = (self.output.w - 1) * stride + kw;
+        let strip = Strip {
+            rows: (block.rows - 1) * stride + kh,
+            left,
+            right: reach.saturating_sub(left + self.input.w),
+            dims: self.input,
+        };
+        (strip, (block.y * stride) as isize - top as isize)
+    }
+
+    /// The input of a block: read where it lies, or in a strip. With the window that reads it, and
+    /// the channel where it begins.
+    fn block_input<'a>(
+        &self,
+        memory: &Memory,
+        block: &Block,
+        scratch: &'a mut Vec<f32>,
+    ) -> (Source, Window, usize) {
+        if let (Feed::Plain(view), true) = (self.feed, self.is_pointwise()) {
+            let start = block.image * self.input.pixels() + block.y * self.window.stride * self.input.w;
+            let layout = Layout::plain(Dims {
+                c: view.stride,
+                ..self.input
+            });
+            // SAFETY: a place in the value.
+            let pointer = unsafe { memory.pointer(view.value).add(start * view.stride) };
+            return (Source::at(pointer, layout), self.window, view.start);
+        }
+        let (strip, first) = self.input_strip(block);
+        let values = room(scratch, strip.len() * block.images);
+        for (index, out) in values.chunks_exact_mut(strip.len()).enumerate() {
+            let start = (block.image + index) * self.input.pixels();
+            strip.fill(first, self.input.h, out, |pixel, pixels, out| {
+                memory.read(&self.feed, start + pixel, pixels, out);
+            });
+        }
+        let window = Window {
+            before: [0, self.window.before[1]],
+            ..self.window
+        };
+        (Source::new(values, strip.layout(), block.images), window, 0)
+    }
+
+    /// Places of contiguous runs behind a window's first value, for one group or all channels.
+    fn taps(&self, input: &Layout) -> Vec<usize> {
+        let [kh, kw] = self.window.kernel;
+        let row = input.row_stride();
+        if self.conv.groups == 1 && input.dims.c == self.input.c {
+            return (0..kh).map(|ky| ky * row).collect();
+        }
+        let columns = |ky: usize| (0..kw).map(move |kx| ky * row + kx * input.dims.c);
+        (0..kh).flat_map(columns).collect()
+    }
+
+    /// Computes the output, and the moments that its norm wants.
+    pub fn forward(&self, memory: &Memory) {
+        memory.pool.run(self.blocks.len(), |index| {
+            SCRATCH.with_borrow_mut(|scratch| self.forward_block(memory, index, scratch));
+        });
+    }
+
+    fn forward_block(&self, memory: &Memory, index: usize, scratch: &mut Scratch) {
+        let block = &self.blocks[index];
+        let (start, pixels) = block.pixels(self.output);
+        let channels = self.output.c;
+        // SAFETY: the block's pixels are the task's own.
+        let z = unsafe { memory.part(self.z, start * channels, pixels * channels) };
+        let layout = Layout::plain(Dims {
+            h: block.rows,
+            ..self.output
+        });
+        let (input, window, channel) = self.block_input(memory, block, &mut scratch.input);
+        let output = Target::new(z, layout, block.images);
+        let groups = self.conv.groups;
+        match &self.weights {
+            Weights::Depthwise(conv) => {
+                debug_assert_eq!(conv.window, window);
+                let epilogue = Epilogue {
+                    bias: &self.bias_values,
+                    activation: None,
+                };
+                for image in 0..block.images {
+                    // SAFETY: rows of the strip and of the block.
+                    unsafe {
+                        conv.rows(&input, &output, None, epilogue, image, 0..block.rows);
+                    }
+                }
+            }
+            Weights::Dense(packed) => {
+                let taps = self.taps(&input.layout);
+                let (ins, outs) = (self.input.c / groups, channels / groups);
+                for (group, packed) in packed.iter().enumerate() {
+                    let places = [channel + group * ins, group * outs];
+                    let epilogue = Epilogue {
+                        bias: &self.bias_values[group * outs..][..outs],
+                        activation: None,
+                    };
+                    // SAFETY: pixels of the block, windows inside the strip.
+                    unsafe {
+                        let rows = &mut scratch.rows;
+                        rows.set_pixels(0..pixels, &window, &input, &output, None, places);
+                        gemm(packed, 0..packed.panel_count(), rows, &taps, epilogue);
+                    }
+                }
+            }
+        }
+        if let Some(norm) = self.moments {
+            let norm = memory.norm(norm);
+            // SAFETY: the block is the task's own.
+            let partial = unsafe { memory.partial(&norm.moments, index, 2 * channels) };
+            let (mean, squares) = partial.split_at_mut(channels);
+            rowwise::moments(memory.isa, z, mean, squares);
+        }
+    }
+
+    /// Computes the gradients; `emit` is given those of weights and bias, in PyTorch's layout.
+    pub fn backward(&self, memory: &Memory, mut emit: impl FnMut(ParameterId, Vec<f32>)) {
+        let Some(backward) = &self.backward else {
+            return;
+        };
+        let blocks = self.blocks.len();
+        let runs = match backward.weights {
+            Some(WeightSums::Lanes { lanes, .. }) => lanes,
+            _ => blocks,
+        };
+        memory.pool.run(runs, |run| {
+            SCRATCH.with_borrow_mut(|scratch| {
+                for index in run * blocks / runs..(run + 1) * blocks / runs {
+                    let first = index == run * blocks / runs;
+                    self.backward_block(memory, backward, index, (run, first), scratch);
+                }
+            });
+        });
+        if let Some(sums) = &backward.weights {
+            emit(self.weight, self.weight_gradient(memory, sums));
+        }
+        if let (Some(partials), Some(bias)) = (&backward.bias, self.bias) {
+            let mut sums = vec![0.0_f64; self.output.c];
+            for block in partials.chunks_exact(self.output.c) {
+                let pairs = sums.iter_mut().zip(block);
+                pairs.for_each(|(sum, &part)| *sum += f64::from(part));
+            }
+            emit(bias, sums.into_iter().map(|sum| sum as f32).collect());
+        }
+    }
+
+    /// Rows of the input whose gradient a block computes.
+    fn owned_rows(&self, block: &Block) -> Range<usize> {
+        let edge = |y: usize| match y {
+            0 => 0,
+            y if y == self.output.h => self.input.h,
+            y => (y * self.window.stride).min(self.input.h),
+        };
+        edge(block.y)..edge(block.y + block.rows)
+    }
+
+    fn backward_block(
+        &self,
+        memory: &Memory,
+        backward: &Backward,
+        index: usize,
+        (run, first): (usize, bool),
+        scratch: &mut Scratch,
+    ) {
+        let block = &self.blocks[index];
+        let channels = self.output.c;
+        let owned = self.owned_rows(block);
+        let stride = self.window.stride;
+        let [top, left] = self.window.before;
+        let [kh, kw] = self.window.kernel;
+        // The strip of gradient rows: those of the block, and those that the input's gradient
+        // reaches.
+        let (mut low, mut high) = (block.y as isize, (block.y + block.rows) as isize);
+        let (mut before, mut after) = (0, 0);
+        if backward.input.is_some() {
+            let reach = |k: usize| k.div_ceil(stride) as isize - 1;
+            if !owned.is_empty() {
+                low = low.min(((owned.start + top) / stride) as isize - reach(kh));
+                high = high.max(((owned.end - 1 + top) / stride) as isize + 1);
+            }
+            before = kw.div_ceil(stride) - 1;
+            after = ((self.input.w - 1 + left) / stride + 1).saturating_sub(self.output.w);
+        }
+        let strip = Strip {
+            rows: (high - low) as usize,
+            left: before,
+            right: after,
+            dims: self.output,
+        };
+        let Scratch {
+            input,
+            gradient,
+            result,
+            window_panels,
+            gradient_panels,
+            line,
+            rows,
+        } = scratch;
+        let values = room(gradient, strip.len() * block.images);
+        for (image, out) in values.chunks_exact_mut(strip.len()).enumerate() {
+            let start = (block.image + image) * self.output.pixels();
+            strip.fill(low, self.output.h, out, |pixel, pixels, out| {
+                memory.read_gradient(&backward.from, start + pixel, pixels, out);
+            });
+        }
+        let dz = Source::new(values, strip.layout(), block.images);
+        // Where the block's own rows begin in the strip.
+        let own = (block.y as isize - low) as usize;
+        if let Some(partials) = &backward.bias {
+            // SAFETY: the block is the task's own.
+            let sums = unsafe { memory.partial(partials, index, channels) };
+            sums.fill(0.0);
+            for (image, y) in block.image_rows() {
+                // SAFETY: a row of the strip.
+                let row = unsafe { dz.row(image, own + y) };
+                rowwise::gradient_sums(memory.isa, row, &[], &[], sums, &mut []);
+            }
+        }
+        if let Some(sums) = &backward.weights {
+            let (windows, window, channel) = self.block_input(memory, block, input);
+            if self.is_depthwise() {
+                let WeightSums::Lanes { sums, .. } = *sums else {
+                    unreachable!("depthwise weights are few");
+                };
+                let len = kh * kw * channels;
+                // SAFETY: the run's sums are the task's own; rows of both strips.
+                unsafe {
+                    let sums = memory.part(sums, run * len, len);
+                    if first {
+                        sums.fill(0.0);
+                    }
+                    // The gradient's rows from the block's first on.
+                    let at = own * dz.layout.row_stride();
+                    let dz = Source::at(dz.image(0).add(at), dz.layout);
+                    for image in 0..block.images {
+                        let rows = 0..block.rows;
+                        depthwise_gradient::weights(
+                            memory.isa, &window, &windows, &dz, image, rows, sums,
+                        );
+                    }
+                }
+            } else {
+                let source = (&windows, &window, channel);
+                let panels = (window_panels, gradient_panels, line);
+                self.add_weight_gradient(
+                    memory, sums, block, run, first, source, &dz, own, panels,
+                );
+            }
+        }
+        let Some(to) = &backward.input else {
+            return;
+        };
+        let width = self.input.w * self.input.c;
+        let values = room(result, block.images * owned.len() * width);
+        let out_layout = Layout::plain(Dims {
+            h: owned.len(),
+            ..self.input
+        });
+        if !owned.is_empty() {
+            let out = Target::new(values, out_layout, block.images);
+            // SAFETY: the strip reaches as far as the taps of the block's own rows.
+            unsafe { self.input_gradient(memory, to, block, &dz, low, owned.clone(), &out, rows) };
+        }
+        // Whole images, or rows of one: contiguous.
+        let start = block.image * self.input.pixels() + owned.start * self.input.w;
+        // SAFETY: the block's pixels and partial sums are the task's own.
+        unsafe { memory.deliver(&to.destination, start, values, index) };
+    }
+
+    /// The input's gradient for rows `owned` of the block's images, from the strip that begins at
+    /// gradient row `low`.
+    #[allow(clippy::too_many_arguments)] // two strips and where they lie
+    unsafe fn input_gradient(
+        &self,
+        memory: &Memory,
+        to: &InputGradient,
+        block: &Block,
+        dz: &Source,
+        low: isize,
+        owned: Range<usize>,
+        out: &Target,
+        rows: &mut Rows,
+    ) {
+        let s = self.window.stride;
+        let [top, left] = self.window.before;
+        let [_, kw] = self.window.kernel;
+        let widest = kw.div_ceil(s);
+        let groups = self.conv.groups;
+        let (ins, outs) = (self.input.c / groups, self.output.c / groups);
+        let strip = dz.layout;
+        let row = strip.row_stride();
+        // Where the first gradient pixel of an input pixel's window lies in the strip.
+        let place = |y: usize, x: usize, taps: [usize; 2]| {
+            let strip_y = ((y + top) / s) as isize - (taps[0] as isize - 1) - low;
+            let strip_x = (x + left) / s + (widest - 1) - (taps[1] - 1);
+            strip_y as usize * row + strip_x * strip.dims.c
+        };
+        if let Some(turned) = &to.turned {
+            // The window of the first own pixel begins a kernel before it.
+            let at = place(owned.start, 0, self.window.kernel);
+            let shifted = Layout {
+                border: crate::kernels::Border {
+                    left: 0,
+                    right: strip.border.left + strip.border.right + strip.dims.w - self.input.w,
+                    ..strip.border
+                },
+                dims: Dims {
+                    w: self.input.w,
+                    ..strip.dims
+                },
+            };
+            debug_assert_eq!(shifted.row_stride(), row);
+            let zeros = Epilogue {
+                bias: &self.zeros(),
+                activation: None,
+            };
+            for image in 0..block.images {
+                // SAFETY: as the caller promises.
+                unsafe {
+                    let source = Source::at(dz.image(image).add(at), shifted);
+                    let out = Target::at(out.image(image), out.layout);
+                    turned.rows(&source, &out, None, zeros, 0, 0..owned.len());
+                }
+            }
+            return;
+        }
+        for phase in &to.phases {
+            let [ty, tx] = phase.taps;
+            // First row and column of the phase.
+            let begin = |at: usize, before: usize, phase: usize| {
+                at + (phase + s - (at + before) % s) % s
+            };
+            let own_rows = (begin(owned.start, top, phase.y)..owned.end).step_by(s);
+            let columns = (begin(0, left, phase.x)..self.input.w).step_by(s);
+            let c = self.input.c;
+            if ty * tx == 0 {
+                for image in 0..block.images {
+                    for y in own_rows.clone() {
+                        // SAFETY: the row is the task's own.
+                        let row = unsafe { out.row(image, y - owned.start) };
+                        for x in columns.clone() {
+                            row[x * c..][..c].fill(0.0);
+                        }
+                    }
+                }
+                continue;
+            }
+            if self.is_depthwise() {
+                let Weights::Depthwise(conv) = &self.weights else {
+                    unreachable!("depthwise layers have depthwise weights");
+                };
+                let taps: Vec<[usize; 2]> = (0..ty * tx)
+                    .map(|tap| {
+                        let (y, x) = (tap / tx, tap % tx);
+                        let (ky, kx) = (phase.y + (ty - 1 - y) * s, phase.x + (tx - 1 - x) * s);
+                        [y * row + x * c, (ky * kw + kx) * c]
+                    })
+                    .collect();
+                for image in 0..block.images {
+                    for y in own_rows.clone() {
+                        // SAFETY: as the caller promises.
+                        unsafe {
+                            let out = out.row(image, y - owned.start);
+                            for x in columns.clone() {
+                                let from = dz.image(image).add(place(y, x, phase.taps));
+                                let out = &mut out[x * c..][..c];
+                                let weights = conv.weights.as_ptr();
+                                depthwise_gradient::pixel(memory.isa, from, weights, &taps, out);
+                            }
+                        }
+                    }
+                }
+                continue;
+            }
+            let taps: Vec<usize> = if groups == 1 {
+                (0..ty).map(|y| y * row).collect()
+            } else {
+                let columns = |y: usize| (0..tx).map(move |x| y * row + x * strip.dims.c);
+                (0..ty).flat_map(columns).collect()
+            };
+            let nothing = Epilogue {
+                bias: &[],
+                activation: None,
+            };
+            for (group, packed) in phase.groups.iter().enumerate() {
+                rows.clear();
+                for image in 0..block.images {
+                    for y in own_rows.clone() {
+                        // SAFETY: as the caller promises.
+                        unsafe {
+                            let to = out.row(image, y - owned.start).as_mut_ptr();
+                            let from = dz.image(image);
+                            for x in columns.clone() {
+                                let from = from.add(place(y, x, phase.taps) + group * outs);
+                                rows.push(from, to.add(x * c + group * ins), None);
+                            }
+                        }
+                    }
+                }
+                // SAFETY: as the caller promises.
+                unsafe { gemm(packed, 0..packed.panel_count(), rows, &taps, nothing) };
+            }
+        }
+    }
+
+    fn zeros(&self) -> Vec<f32> {
+        vec![0.0; self.output.c]
+    }
+
+    /// A block's part of a weight gradient: as products into the run's sums, or as panels.
+    #[allow(clippy::too_many_arguments)] // two strips, where they lie, and scratch
+    fn add_weight_gradient(
+        &self,
+        memory: &Memory,
+        sums: &WeightSums,
+        block: &Block,
+        run: usize,
+        first: bool,
+        (input, window, channel): (&Source, &Window, usize),
+        dz: &Source,
+        own: usize,
+        (window_panels, gradient_panels, line): (&mut Vec<f32>, &mut Vec<f32>, &mut Vec<f32>),
+    ) {
+        let shape = self.sum_shape();
+        let (start, pixels) = block.pixels(self.output);
+        // Rows behind each other in a panel, and the first of the block.
+        let (a, z, in_panel, at) = match *sums {
+            WeightSums::Lanes { .. } => {
+                let len = |panels: usize| shape.groups * panels * PANEL * pixels;
+                let a = room(window_panels, len(shape.window_panels())).as_mut_ptr();
+                let z = room(gradient_panels, len(shape.gradient_panels())).as_mut_ptr();
+                (a, z, pixels, 0)
+            }
+            WeightSums::Panels { a, z, .. } => {
+                let all = memory.count * self.output.pixels();
+                (memory.pointer(a), memory.pointer(z), all, start)
+            }
+        };
+        let stride = in_panel * PANEL;
+        let ins = self.input.c / shape.groups;
+        let taps = self.taps(&input.layout);
+        let run_len = shape.depth / taps.len();
+        let line = room(line, shape.depth);
+        let mut row = at;
+        for (image, y) in block.image_rows() {
+            for x in 0..self.output.w {
+                // SAFETY: windows inside the strip, a row of the panels that is the task's own.
+                unsafe {
+                    let from = input.image(image);
+                    let from = from.add(window.offset(&input.layout, y, x) + channel);
+                    for group in 0..shape.groups {
+                        let from = from.add(group * ins);
+                        let values = if taps.len() == 1 {
+                            std::slice::from_raw_parts(from, run_len)
+                        } else {
+                            for (tap, to) in taps.iter().zip(line.chunks_exact_mut(run_len)) {
+                                let from = std::slice::from_raw_parts(from.add(*tap), run_len);
+                                to.copy_from_slice(from);
+                            }
+                            &line[..]
+                        };
+                        let to = a.add(group * shape.window_panels() * stride);
+                        pack_row(values, to, stride, row);
+                    }
+                    let dz = dz.image(image).add(dz.layout.offset(own + y, x));
+                    for group in 0..shape.groups {
+                        let from = dz.add(group * shape.outputs);
+                        let values = std::slice::from_raw_parts(from, shape.outputs);
+                        let to = z.add(group * shape.gradient_panels() * stride);
+                        pack_row(values, to, stride, row);
+                    }
+                }
+                row += 1;
+            }
+        }
+        let WeightSums::Lanes { sums, .. } = *sums else {
+            return;
+        };
+        // SAFETY: the run's sums are the task's own.
+        let out = unsafe { memory.part(sums, run * shape.len(), shape.len()) };
+        let leading = padded(shape.outputs);
+        for group in 0..shape.groups {
+            // SAFETY: the panels were just filled.
+            unsafe {
+                let a = Panels {
+                    pointer: a.add(group * shape.window_panels() * stride),
+                    stride,
+                };
+                let z = Panels {
+                    pointer: z.add(group * shape.gradient_panels() * stride),
+                    stride,
+                };
+                let out = out[group * shape.depth * leading..].as_mut_ptr();
+                let (k, n) = (0..shape.depth, 0..shape.outputs);
+                transposed::product(memory.isa, a, z, pixels, k, n, out, leading, !first);
+            }
+        }
+    }
+
+    /// The sums as a gradient in PyTorch's layout.
+    fn weight_gradient(&self, memory: &Memory, sums: &WeightSums) -> Vec<f32> {
+        let [kh, kw] = self.window.kernel;
+        let area = kh * kw;
+        if self.is_depthwise() {
+            let WeightSums::Lanes { lanes, sums } = *sums else {
+                unreachable!("depthwise weights are few");
+            };
+            let channels = self.output.c;
+            let values = memory.values(sums);
+            let sum = |c: usize, tap: usize| {
+                let at = |lane: usize| values[(lane * area + tap) * channels + c];
+                (0..lanes).map(at).sum::<f32>()
+            };
+            return (0..channels * area)
+                .map(|i| sum(i / area, i % area))
+                .collect();
+        }
+        let shape = self.sum_shape();
+        let (lanes, values) = match *sums {
+            WeightSums::Lanes { lanes, sums } => (lanes, sums),
+            WeightSums::Panels { a, z, sums } => {
+                self.multiply_panels(memory, &shape, a, z, sums);
+                (1, sums)
+            }
+        };
+        let values = memory.values(values);
+        let leading = padded(shape.outputs);
+        let ins = self.input.c / shape.groups;
+        let mut gradient = vec![0.0; self.output.c * ins * area];
+        let to = Shared(gradient.as_mut_ptr());
+        // Outputs in blocks of a panel, so that a line that is read is used.
+        let blocks = shape.gradient_panels();
+        memory.pool.run(shape.groups * blocks, |task| {
+            let (group, block) = (task / blocks, task % blocks);
+            let outputs = block * PANEL..((block + 1) * PANEL).min(shape.outputs);
+            for k in 0..shape.depth {
+                let (tap, i) = (k / ins, k % ins);
+                for o in outputs.clone() {
+                    let at = (group * shape.depth + k) * leading + o;
+                    let mut sum = values[at];
+                    for lane in 1..lanes {
+                        sum += values[lane * shape.len() + at];
+                    }
+                    let place = ((group * shape.outputs + o) * ins + i) * area + tap;
+                    // SAFETY: inside the gradient, and this task's outputs alone.
+                    unsafe { *to.get().add(place) = sum };
+                }
+            }
+        });
+        gradient
+    }
+
+    /// All pixels' windows times all pixels' gradients.
+    fn multiply_panels(
+        &self,
+        memory: &Memory,
+        shape: &SumShape,
+        a: ValueId,
+        z: ValueId,
+        sums: ValueId,
+    ) {
+        const DEPTH: usize = 8 * PANEL;
+        let pixels = memory.count * self.output.pixels();
+        let stride = pixels * PANEL;
+        let leading = padded(shape.outputs);
+        let parts = shape.depth.div_ceil(DEPTH);
+        memory.pool.run(shape.groups * parts, |task| {
+            let (group, part) = (task / parts, task % parts);
+            let k = part * DEPTH..((part + 1) * DEPTH).min(shape.depth);
+            // SAFETY: the panels have been filled; the part's rows of the sums are the task's.
+            unsafe {
+                let panels = |value: ValueId, count: usize| Panels {
+                    pointer: memory.pointer(value).add(group * count * stride),
+                    stride,
+                };
+                let a = panels(a, shape.window_panels());
+                let z = panels(z, shape.gradient_panels());
+                let out = memory.pointer(sums).add(group * shape.depth * leading);
+                let n = 0..shape.outputs;
+                transposed::product(memory.isa, a, z, pixels, k, n, out, leading, false);
+            }
+        });
+    }
+}
+
+impl Block {
+    /// Images and rows of the block, counted within it.
+    fn image_rows(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let rows = self.rows;
+        (0..self.images).flat_map(move |image| (0..rows).map(move |y| (image, y)))
+    }
+}

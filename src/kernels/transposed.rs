@@ -1,0 +1,181 @@
+//! Products with a transposed left side, `out[k][n] = Σ_m a[m][k] · z[m][n]`: the gradient of a
+//! layer's weights, where m runs over pixels, k over what a window holds and n over outputs.
+//!
+//! Both sides are packed into panels of sixteen columns, all rows of a panel one after the other:
+//! however far apart the rows were in memory, the product walks through both panels line by line.
+//! A tile of six by sixteen outputs stays in registers while all rows pass. Each output is one
+//! chain of fused multiply-adds in the order of the rows.
+
+use std::ops::Range;
+
+use pulp::{Simd, WithSimd};
+
+use super::isa::{Isa, load, store};
+
+/// Columns of a panel.
+pub const PANEL: usize = 16;
+
+/// Columns when padded to whole panels.
+pub const fn padded(columns: usize) -> usize {
+    columns.next_multiple_of(PANEL)
+}
+
+/// Panels of a matrix with so many columns and rows: panel by panel, `stride` values apart.
+#[derive(Clone, Copy)]
+pub struct Panels {
+    pub pointer: *const f32,
+    pub stride: usize,
+}
+
+// SAFETY: an address; who follows it promises what the functions' contracts say.
+unsafe impl Send for Panels {}
+unsafe impl Sync for Panels {}
+
+/// Writes a row of a matrix into its panels; the last panel is filled up with zeros.
+///
+/// # Safety
+/// Behind `to` lie as many panels as the row needs, `stride` values apart, each with that row, and
+/// nobody else touches it.
+#[inline(always)]
+pub unsafe fn pack_row(values: &[f32], to: *mut f32, stride: usize, row: usize) {
+    // SAFETY: places of the panels, as the caller promises.
+    unsafe {
+        let mut to = to.add(row * PANEL);
+        let (whole, rest) = values.as_chunks::<PANEL>();
+        for chunk in whole {
+            to.cast::<[f32; PANEL]>().write_unaligned(*chunk);
+            to = to.add(stride);
+        }
+        if !rest.is_empty() {
+            let mut last = [0.0; PANEL];
+            last[..rest.len()].copy_from_slice(rest);
+            to.cast::<[f32; PANEL]>().write_unaligned(last);
+        }
+    }
+}
+
+/// The product over `rows` rows for the outputs `k` x `n`, written to `out` or added to it. `out`
+/// is `[k, leading]` and whole panels of it are written, so that `leading` is a multiple of
+/// [`PANEL`]; `n` begins at one.
+///
+/// # Safety
+/// The panels hold those columns and rows, and `out` those rows of outputs, for the caller alone.
+#[allow(clippy::too_many_arguments)] // two matrices, a part of a third
+pub unsafe fn product(
+    isa: Isa,
+    a: Panels,
+    z: Panels,
+    rows: usize,
+    k: Range<usize>,
+    n: Range<usize>,
+    out: *mut f32,
+    leading: usize,
+    add: bool,
+) {
+    debug_assert!(n.start.is_multiple_of(PANEL) && leading.is_multiple_of(PANEL));
+    isa.dispatch(Product {
+        a,
+        z,
+        rows,
+        k,
+        n,
+        out,
+        leading,
+        add,
+    });
+}
+
+struct Product {
+    a: Panels,
+    z: Panels,
+    rows: usize,
+    k: Range<usize>,
+    n: Range<usize>,
+    out: *mut f32,
+    leading: usize,
+    add: bool,
+}
+
+impl WithSimd for Product {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        for start in self.n.clone().step_by(PANEL) {
+            let columns = (self.n.end - start).min(PANEL);
+            // SAFETY: the contract of `product`; as many vectors as a panel has, or fewer.
+            unsafe {
+                match (S::F32_LANES, columns.div_ceil(S::F32_LANES)) {
+                    (16, _) | (8, 1) | (4, 1) => self.panel::<S, 1>(simd, start),
+                    (8, _) | (4, 2) => self.panel::<S, 2>(simd, start),
+                    (4, 3) => self.panel::<S, 3>(simd, start),
+                    (4, _) => self.panel::<S, 4>(simd, start),
+                    (lanes, _) => {
+                        assert_eq!(lanes, 1, "vectors of one, four, eight or sixteen values");
+                        self.panel::<S, PANEL>(simd, start);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Product {
+    #[inline(always)]
+    unsafe fn panel<S: Simd, const NV: usize>(&self, simd: S, n: usize) {
+        let mut k = self.k.start;
+        // SAFETY: the contract of `product`; a tile's rows lie in one panel.
+        unsafe {
+            while k < self.k.end {
+                let left = (self.k.end - k).min(PANEL - k % PANEL);
+                k += match left {
+                    6.. if NV < 3 => self.tile::<S, 6, NV>(simd, k, n),
+                    4.. => self.tile::<S, 4, NV>(simd, k, n),
+                    2.. => self.tile::<S, 2, NV>(simd, k, n),
+                    _ => self.tile::<S, 1, NV>(simd, k, n),
+                };
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(
+        &self,
+        simd: S,
+        k: usize,
+        n: usize,
+    ) -> usize {
+        let lanes = S::F32_LANES;
+        let mut sums = [[simd.splat_f32s(0.0); NV]; MR];
+        // SAFETY: the contract of `product`.
+        unsafe {
+            let mut a = self.a.pointer.add(k / PANEL * self.a.stride + k % PANEL);
+            let mut z = self.z.pointer.add(n / PANEL * self.z.stride);
+            for _ in 0..self.rows {
+                let mut columns = [simd.splat_f32s(0.0); NV];
+                for (v, column) in columns.iter_mut().enumerate() {
+                    *column = load::<S>(z.add(v * lanes));
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let value = simd.splat_f32s(*a.add(r));
+                    for (sum, column) in sums.iter_mut().zip(columns) {
+                        *sum = simd.mul_add_e_f32s(value, column, *sum);
+                    }
+                }
+                a = a.add(PANEL);
+                z = z.add(PANEL);
+            }
+            for (r, sums) in sums.into_iter().enumerate() {
+                let out = self.out.add((k + r) * self.leading + n);
+                for (v, mut sum) in sums.into_iter().enumerate() {
+                    let out = out.add(v * lanes);
+                    if self.add {
+                        sum = simd.add_f32s(load::<S>(out), sum);
+                    }
+                    store::<S>(out, sum);
+                }
+            }
+        }
+        MR
+    }
+}
