@@ -399,9 +399,18 @@ fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> 
 fn conv2d(c: &Conv2d, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let y = if c.groups == 1 {
         match c.padding {
-            Padding::Symmetric(p) => x.conv2d(weight, p, c.stride, 1, 1)?,
-            Padding::Same => {
-                pad(x, c.padding, c.kernel, c.stride)?.conv2d(weight, 0, c.stride, 1, 1)?
+            Padding::Symmetric(p) if c.stride == 1 => x.conv2d(weight, p, 1, 1, 1)?,
+            // Padded by hand, to just what the windows reach: candle's backward pass takes the
+            // rest of a division by the stride to be the same for rows and columns.
+            _ => {
+                let padded = pad(x, c.padding, c.kernel, c.stride)?;
+                let (_, _, h, w) = padded.dims4()?;
+                let reach = |size: usize, k: usize| (size - k) / c.stride * c.stride + k;
+                padded
+                    .narrow(2, 0, reach(h, c.kernel[0]))?
+                    .narrow(3, 0, reach(w, c.kernel[1]))?
+                    .contiguous()?
+                    .conv2d(weight, 0, c.stride, 1, 1)?
             }
         }
     } else if c.is_depthwise() {

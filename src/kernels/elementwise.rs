@@ -78,7 +78,7 @@ pub(super) fn activate_value(activation: Option<Activation>, x: f32) -> f32 {
 /// The derivative of an activation at `x`; at the corners what PyTorch takes.
 #[inline(always)]
 pub(super) fn derivative(activation: Option<Activation>, x: f32) -> f32 {
-    let inside = |low, high, value| if x > low && x < high { value } else { 0.0 };
+    let inside = |low, high, value| if (x > low) & (x < high) { value } else { 0.0 };
     match activation {
         None => 1.0,
         Some(Activation::Relu) => {

@@ -71,6 +71,19 @@ impl Packed {
         }
     }
 
+    /// Other values in the place of a row's.
+    pub fn set_row(&mut self, row: usize, row_values: &[f32]) {
+        let Values::Own(values) = &mut self.values else {
+            unreachable!("weights that change are not kept in a slab");
+        };
+        let lanes = self.isa.lanes();
+        for panel in &self.panels {
+            let from = &row_values[panel.start..][..panel.columns];
+            let to = panel.offset + row * panel.vectors * lanes;
+            values[to..to + panel.columns].copy_from_slice(from);
+        }
+    }
+
     /// Other values in the place of the old ones, `value(row, column)` each.
     pub fn refill(&mut self, value: impl Fn(usize, usize) -> f32) {
         let Values::Own(values) = &mut self.values else {

@@ -45,6 +45,7 @@ pub mod resample;
 pub mod rowwise;
 pub mod transposed;
 pub mod winograd;
+pub mod winograd_training;
 
 #[cfg(test)]
 mod tests;

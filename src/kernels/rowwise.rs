@@ -159,7 +159,8 @@ pub fn mask_by_output(isa: Isa, y: &[f32], activation: Activation, g: &mut [f32]
     };
     isa.compiled(|| {
         for (g, &y) in g.iter_mut().zip(y) {
-            *g = if y > 0.0 && y < high { *g } else { 0.0 };
+            // One condition, not two branches: this becomes vectors.
+            *g = if (y > 0.0) & (y < high) { *g } else { 0.0 };
         }
     });
 }

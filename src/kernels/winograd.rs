@@ -229,7 +229,7 @@ fn place(conv: &Winograd, output: Dims, tile: usize) -> [usize; 3] {
 }
 
 /// The weights' transform G, T x 3.
-fn kernel_transform(tile: usize) -> Vec<[f64; 3]> {
+pub(super) fn kernel_transform(tile: usize) -> Vec<[f64; 3]> {
     if tile == 6 {
         vec![
             [1.0 / 4.0, 0.0, 0.0],
@@ -314,7 +314,7 @@ impl Transform<'_> {
 
 /// One axis of the inputs' transform, Bᵀ.
 #[inline(always)]
-fn input_transform<S: Simd, const T: usize>(simd: S, d: [S::f32s; T]) -> [S::f32s; T] {
+pub(super) fn input_transform<S: Simd, const T: usize>(simd: S, d: [S::f32s; T]) -> [S::f32s; T] {
     let add = |a, b| simd.add_f32s(a, b);
     let sub = |a, b| simd.sub_f32s(a, b);
     // a · scale + b
@@ -417,7 +417,7 @@ impl Finish<'_> {
 
 /// One axis of the outputs' transform, Aᵀ; the first T - 2 values count.
 #[inline(always)]
-fn output_transform<S: Simd, const T: usize>(simd: S, m: [S::f32s; T]) -> [S::f32s; T] {
+pub(super) fn output_transform<S: Simd, const T: usize>(simd: S, m: [S::f32s; T]) -> [S::f32s; T] {
     let add = |a, b| simd.add_f32s(a, b);
     let sub = |a, b| simd.sub_f32s(a, b);
     let fma = |a, scale: f32, b| simd.mul_add_e_f32s(a, simd.splat_f32s(scale), b);

@@ -746,7 +746,12 @@ fn fold_batch_norm(parameters: &[Vec<f32>], eps: f64) -> (Vec<f64>, Vec<f64>) {
         .unzip()
 }
 
-pub(in crate::exec) fn window(input: Dims, kernel: [usize; 2], stride: usize, padding: Padding) -> Window {
+pub(in crate::exec) fn window(
+    input: Dims,
+    kernel: [usize; 2],
+    stride: usize,
+    padding: Padding,
+) -> Window {
     Window {
         kernel,
         stride,

@@ -19,9 +19,8 @@ use crate::graph::Conv2d;
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::{Epilogue, Packed, Rows, gemm};
 use crate::kernels::transposed::{self, PANEL, Panels, pack_row, padded};
-use crate::kernels::{
-    Dims, Isa, Layout, Source, Target, Window, depthwise_gradient, rowwise,
-};
+use crate::kernels::winograd_training::{self, Side, TilePanels, Tiles};
+use crate::kernels::{Dims, Isa, Layout, Source, Target, Window, depthwise_gradient, rowwise};
 
 /// What a task of a layer is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,8 +33,9 @@ pub(super) struct Block {
 }
 
 impl Block {
-    /// Divides the outputs of a batch into blocks of about `pixels`.
-    pub fn divide(count: usize, output: Dims, pixels: usize) -> Vec<Self> {
+    /// Divides the outputs of a batch into blocks of about `pixels`; where an image is divided, its
+    /// blocks begin at multiples of `multiple` rows.
+    pub fn divide(count: usize, output: Dims, pixels: usize, multiple: usize) -> Vec<Self> {
         let Dims { h, .. } = output;
         if output.pixels() <= pixels {
             let images = (pixels / output.pixels()).clamp(1, count.div_ceil(8).max(1));
@@ -50,6 +50,7 @@ impl Block {
                 .collect();
         }
         let rows = h.div_ceil(output.pixels().div_ceil(pixels));
+        let rows = rows.next_multiple_of(multiple);
         (0..count)
             .flat_map(|image| {
                 (0..h).step_by(rows).map(move |y| Block {
@@ -72,6 +73,7 @@ impl Block {
 /// One convolution or linear layer.
 pub(super) struct Layer {
     pub name: String,
+    pub isa: Isa,
     pub conv: Conv2d,
     pub window: Window,
     /// Channels are those that are read, not all of the value's.
@@ -93,6 +95,8 @@ pub(super) struct Layer {
 pub(super) enum Weights {
     /// A product for each group.
     Dense(Vec<Packed>),
+    /// A product for each frequency of tiles of four.
+    Winograd(Vec<Packed>),
     Depthwise(Depthwise),
 }
 
@@ -123,6 +127,8 @@ pub(super) struct InputGradient {
     pub phases: Vec<Phase>,
     /// Stride 1 depthwise: the convolution with the kernel turned round.
     pub turned: Option<Depthwise>,
+    /// Winograd: a product for each frequency of tiles of six.
+    pub frequencies: Vec<Packed>,
 }
 
 /// Input pixels whose row and column plus padding leave the remainders `y` and `x` by the stride:
@@ -142,6 +148,7 @@ pub(super) const LANE_SUMS: usize = 256 << 10;
 const LANES: usize = 8;
 /// A block's strips should stay in the second-level cache.
 const STRIP_VALUES: usize = 64 << 10;
+const WINOGRAD_VALUES: usize = 128 << 10;
 
 #[derive(Default)]
 struct Scratch {
@@ -159,6 +166,30 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
+/// Scratch of a convolution by tiles.
+struct TileScratch<'a> {
+    panels: &'a mut Vec<f32>,
+    products: &'a mut Vec<f32>,
+    rows: &'a mut Rows,
+}
+
+/// Empty products for every frequency of tiles of so many rows.
+fn frequencies(isa: Isa, tile: usize, depth: usize, columns: usize) -> Vec<Packed> {
+    let pack = |_| Packed::new(isa, depth, columns, |_, _| 0.0);
+    (0..tile * tile).map(pack).collect()
+}
+
+/// Panels in scratch for so many tiles.
+fn tile_panels(scratch: &mut Vec<f32>, tiles: Tiles, channels: usize, count: usize) -> TilePanels {
+    let panel = count * PANEL;
+    let frequency = channels / PANEL * panel;
+    TilePanels {
+        pointer: room(scratch, tiles.frequencies() * frequency).as_mut_ptr(),
+        frequency,
+        panel,
+    }
+}
+
 fn room(values: &mut Vec<f32>, len: usize) -> &mut [f32] {
     if values.len() < len {
         values.resize(len, 0.0);
@@ -166,7 +197,8 @@ fn room(values: &mut Vec<f32>, len: usize) -> &mut [f32] {
     &mut values[..len]
 }
 
-/// Shape of the weight sums: depth of a group, its outputs padded to panels.
+/// Shape of the weight sums: depth of a group, its outputs padded to panels. For Winograd's
+/// algorithm a group is a frequency.
 struct SumShape {
     groups: usize,
     /// Inputs of a group times taps.
@@ -189,19 +221,55 @@ impl SumShape {
 }
 
 impl Layer {
-    /// Pixels of a block that keep its strips in the cache.
-    pub fn block_pixels(conv: &Conv2d) -> usize {
+    /// The blocks of a batch, such that a block's strips stay in the cache.
+    pub fn blocks(conv: &Conv2d, weights: &Weights, count: usize, output: Dims) -> Vec<Block> {
         let widest = conv.in_channels * conv.stride * conv.stride + conv.out_channels;
-        (STRIP_VALUES / widest).clamp(32, 512)
+        if matches!(weights, Weights::Winograd(_)) {
+            // More than fits: weights are read once a block, and are several times larger.
+            let pixels = (WINOGRAD_VALUES / widest).clamp(128, 1024);
+            return Block::divide(count, output, pixels, 4);
+        }
+        Block::divide(count, output, (STRIP_VALUES / widest).clamp(32, 512), 1)
     }
 
     fn sum_shape(&self) -> SumShape {
+        if self.is_winograd() {
+            return SumShape {
+                groups: 36,
+                depth: self.input.c,
+                outputs: self.output.c,
+            };
+        }
         let [kh, kw] = self.window.kernel;
         SumShape {
             groups: self.conv.groups,
             depth: kh * kw * self.input.c / self.conv.groups,
             outputs: self.output.c / self.conv.groups,
         }
+    }
+
+    fn is_winograd(&self) -> bool {
+        matches!(self.weights, Weights::Winograd(_))
+    }
+
+    /// Tiles of six rows over some rows of the output.
+    fn tiles(&self, rows: usize) -> Tiles {
+        Tiles::over(6, rows, self.output.w)
+    }
+
+    /// Rows of a block in the product that gives the weights' gradient (tiles or pixels), and
+    /// where they begin among those of all blocks.
+    fn product_rows(&self, block: &Block) -> (usize, usize) {
+        if !self.is_winograd() {
+            return block.pixels(self.output);
+        }
+        let columns = self.tiles(1).columns;
+        let start = block.image * self.tiles(self.output.h).count() + block.y / 4 * columns;
+        (start, block.images * self.tiles(block.rows).count())
+    }
+
+    fn all_product_rows(&self) -> usize {
+        self.blocks.iter().map(|b| self.product_rows(b).1).sum()
     }
 
     fn is_depthwise(&self) -> bool {
@@ -220,8 +288,8 @@ impl Layer {
         if shape.len() <= LANE_SUMS {
             return Ok((lanes, lanes * shape.len()));
         }
-        let pixels: usize = self.blocks.iter().map(|b| b.pixels(self.output).1).sum();
-        let panels = |count: usize| shape.groups * count * PANEL * pixels;
+        let rows = self.all_product_rows();
+        let panels = |count: usize| shape.groups * count * PANEL * rows;
         Err([
             panels(shape.window_panels()),
             panels(shape.gradient_panels()),
@@ -230,8 +298,21 @@ impl Layer {
     }
 
     /// An unfilled forward and backward side for a layer.
-    pub fn new_weights(isa: Isa, conv: &Conv2d, window: Window) -> Weights {
+    pub fn new_weights(isa: Isa, conv: &Conv2d, window: Window, exact: bool) -> Weights {
         let [kh, kw] = conv.kernel;
+        let winograd = !exact
+            && conv.padding.is_same_size(3)
+            && conv.kernel == [3, 3]
+            && conv.stride == 1
+            && conv.groups == 1
+            && conv.in_channels.min(conv.out_channels) >= 32
+            && conv.in_channels.is_multiple_of(PANEL)
+            && conv.out_channels.is_multiple_of(PANEL);
+        if winograd {
+            // Tiles of four: their digits are those of a direct sum, or better. Tiles of six are
+            // not so exact, and flip the sign of what is next to zero behind a ReLU.
+            return Weights::Winograd(frequencies(isa, 4, conv.in_channels, conv.out_channels));
+        }
         if conv.is_depthwise() {
             // The window of a strip, which begins with the first row that is read.
             let window = Window {
@@ -244,7 +325,10 @@ impl Layer {
                 weights: vec![0.0; kh * kw * conv.out_channels],
             });
         }
-        let (ins, outs) = (conv.in_channels / conv.groups, conv.out_channels / conv.groups);
+        let (ins, outs) = (
+            conv.in_channels / conv.groups,
+            conv.out_channels / conv.groups,
+        );
         let pack = |_| Packed::new(isa, kh * kw * ins, outs, |_, _| 0.0);
         Weights::Dense((0..conv.groups).map(pack).collect())
     }
@@ -252,11 +336,23 @@ impl Layer {
     pub fn new_input_gradient(
         isa: Isa,
         conv: &Conv2d,
+        weights: &Weights,
         destination: Destination,
     ) -> InputGradient {
+        if matches!(weights, Weights::Winograd(_)) {
+            return InputGradient {
+                destination,
+                phases: Vec::new(),
+                turned: None,
+                frequencies: frequencies(isa, 6, conv.out_channels, conv.in_channels),
+            };
+        }
         let [kh, kw] = conv.kernel;
         let s = conv.stride;
-        let (ins, outs) = (conv.in_channels / conv.groups, conv.out_channels / conv.groups);
+        let (ins, outs) = (
+            conv.in_channels / conv.groups,
+            conv.out_channels / conv.groups,
+        );
         let depthwise = conv.is_depthwise();
         let along = |size: usize, phase: usize| size.saturating_sub(phase).div_ceil(s);
         let mut phases = Vec::new();
@@ -286,6 +382,7 @@ impl Layer {
             destination,
             phases,
             turned,
+            frequencies: Vec::new(),
         }
     }
 
@@ -295,12 +392,19 @@ impl Layer {
         let area = kh * kw;
         let s = self.conv.stride;
         let groups = self.conv.groups;
-        let (ins, outs) = (self.conv.in_channels / groups, self.conv.out_channels / groups);
+        let (ins, outs) = (
+            self.conv.in_channels / groups,
+            self.conv.out_channels / groups,
+        );
         match bias {
             Some(bias) => self.bias_values.copy_from_slice(bias),
             None => self.bias_values.fill(0.0),
         }
+        let isa = self.isa;
         match &mut self.weights {
+            Weights::Winograd(packed) => {
+                winograd_training::load_weights(isa, weight, false, packed);
+            }
             Weights::Depthwise(conv) => {
                 for tap in 0..area {
                     for c in 0..outs * groups {
@@ -322,9 +426,19 @@ impl Layer {
             }
         }
         let input = self.backward.as_mut().and_then(|b| b.input.as_mut());
-        let Some(InputGradient { phases, turned, .. }) = input else {
+        let Some(InputGradient {
+            phases,
+            turned,
+            frequencies,
+            ..
+        }) = input
+        else {
             return;
         };
+        if !frequencies.is_empty() {
+            winograd_training::load_weights(isa, weight, true, frequencies);
+            return;
+        }
         if let Some(turned) = turned {
             let channels = outs * groups;
             for tap in 0..area {
@@ -382,7 +496,8 @@ impl Layer {
         scratch: &'a mut Vec<f32>,
     ) -> (Source, Window, usize) {
         if let (Feed::Plain(view), true) = (self.feed, self.is_pointwise()) {
-            let start = block.image * self.input.pixels() + block.y * self.window.stride * self.input.w;
+            let start =
+                block.image * self.input.pixels() + block.y * self.window.stride * self.input.w;
             let layout = Layout::plain(Dims {
                 c: view.stride,
                 ..self.input
@@ -434,10 +549,15 @@ impl Layer {
             h: block.rows,
             ..self.output
         });
-        let (input, window, channel) = self.block_input(memory, block, &mut scratch.input);
         let output = Target::new(z, layout, block.images);
+        if let Weights::Winograd(weights) = &self.weights {
+            self.forward_tiles(memory, weights, block, &output, scratch);
+            return self.take_moments(memory, index, z);
+        }
+        let (input, window, channel) = self.block_input(memory, block, &mut scratch.input);
         let groups = self.conv.groups;
         match &self.weights {
+            Weights::Winograd(_) => unreachable!("computed above"),
             Weights::Depthwise(conv) => {
                 debug_assert_eq!(conv.window, window);
                 let epilogue = Epilogue {
@@ -469,12 +589,112 @@ impl Layer {
                 }
             }
         }
+        self.take_moments(memory, index, z);
+    }
+
+    /// The moments of a block's output.
+    fn take_moments(&self, memory: &Memory, index: usize, z: &[f32]) {
+        let channels = self.output.c;
         if let Some(norm) = self.moments {
             let norm = memory.norm(norm);
             // SAFETY: the block is the task's own.
             let partial = unsafe { memory.partial(&norm.moments, index, 2 * channels) };
             let (mean, squares) = partial.split_at_mut(channels);
             rowwise::moments(memory.isa, z, mean, squares);
+        }
+    }
+
+    /// The strip of input that tiles over a block read.
+    fn fill_tiles<'a>(
+        &self,
+        memory: &Memory,
+        block: &Block,
+        tiles: Tiles,
+        scratch: &'a mut Vec<f32>,
+    ) -> Source {
+        let strip = Strip {
+            rows: tiles.strip_rows(),
+            left: 1,
+            right: tiles.right(self.input.w),
+            dims: self.input,
+        };
+        let values = room(scratch, strip.len() * block.images);
+        for (index, out) in values.chunks_exact_mut(strip.len()).enumerate() {
+            let start = (block.image + index) * self.input.pixels();
+            strip.fill(
+                block.y as isize - 1,
+                self.input.h,
+                out,
+                |pixel, pixels, out| {
+                    memory.read(&self.feed, start + pixel, pixels, out);
+                },
+            );
+        }
+        Source::new(values, strip.layout(), block.images)
+    }
+
+    fn forward_tiles(
+        &self,
+        memory: &Memory,
+        weights: &[Packed],
+        block: &Block,
+        output: &Target,
+        scratch: &mut Scratch,
+    ) {
+        let tiles = Tiles::over(4, block.rows, self.output.w);
+        let input = self.fill_tiles(memory, block, tiles, &mut scratch.input);
+        let strips = (&input, block.images);
+        self.convolve_tiles(
+            memory.isa,
+            weights,
+            tiles,
+            strips,
+            &self.bias_values,
+            output,
+            TileScratch {
+                panels: &mut scratch.window_panels,
+                products: &mut scratch.result,
+                rows: &mut scratch.rows,
+            },
+        );
+    }
+
+    /// A convolution of the strips of some images, by tiles.
+    #[allow(clippy::too_many_arguments)] // weights, a strip, an output
+    fn convolve_tiles(
+        &self,
+        isa: Isa,
+        weights: &[Packed],
+        tiles: Tiles,
+        (input, images): (&Source, usize),
+        bias: &[f32],
+        output: &Target,
+        scratch: TileScratch,
+    ) {
+        let count = tiles.count() * images;
+        let (ins, outs) = (input.layout.dims.c, output.layout.dims.c);
+        let panels = tile_panels(scratch.panels, tiles, ins, count);
+        let products = room(scratch.products, tiles.frequencies() * count * outs);
+        // SAFETY: the strips reach as far as the tiles; the scratch and the output are the task's.
+        unsafe {
+            for image in 0..images {
+                let first = image * tiles.count();
+                winograd_training::transform(isa, Side::Input, tiles, input, image, panels, first);
+            }
+            let pointer = products.as_mut_ptr();
+            winograd_training::multiply(weights, panels, count, pointer, outs, scratch.rows);
+            for image in 0..images {
+                let first = image * tiles.count();
+                winograd_training::finish(
+                    isa,
+                    tiles,
+                    products.as_ptr(),
+                    (first, count),
+                    bias,
+                    output,
+                    image,
+                );
+            }
         }
     }
 
@@ -546,6 +766,12 @@ impl Layer {
             before = kw.div_ceil(stride) - 1;
             after = ((self.input.w - 1 + left) / stride + 1).saturating_sub(self.output.w);
         }
+        if self.is_winograd() {
+            let tiles = self.tiles(block.rows);
+            low = block.y as isize - 1;
+            high = low + tiles.strip_rows() as isize;
+            (before, after) = (1, tiles.right(self.output.w));
+        }
         let strip = Strip {
             rows: (high - low) as usize,
             left: before,
@@ -581,7 +807,13 @@ impl Layer {
                 rowwise::gradient_sums(memory.isa, row, &[], &[], sums, &mut []);
             }
         }
-        if let Some(sums) = &backward.weights {
+        if let (Some(sums), true) = (&backward.weights, self.is_winograd()) {
+            let tiles = self.tiles(block.rows);
+            let windows = self.fill_tiles(memory, block, tiles, input);
+            let strips = [(Side::Input, &windows), (Side::Gradient, &dz)];
+            let panels = [&mut *window_panels, &mut *gradient_panels];
+            self.add_tile_gradient(memory, sums, block, (run, first), tiles, strips, panels);
+        } else if let Some(sums) = &backward.weights {
             let (windows, window, channel) = self.block_input(memory, block, input);
             if self.is_depthwise() {
                 let WeightSums::Lanes { sums, .. } = *sums else {
@@ -606,10 +838,8 @@ impl Layer {
                 }
             } else {
                 let source = (&windows, &window, channel);
-                let panels = (window_panels, gradient_panels, line);
-                self.add_weight_gradient(
-                    memory, sums, block, run, first, source, &dz, own, panels,
-                );
+                let panels = (&mut *window_panels, &mut *gradient_panels, line);
+                self.add_weight_gradient(memory, sums, block, run, first, source, &dz, own, panels);
             }
         }
         let Some(to) = &backward.input else {
@@ -621,8 +851,19 @@ impl Layer {
             h: owned.len(),
             ..self.input
         });
-        if !owned.is_empty() {
-            let out = Target::new(values, out_layout, block.images);
+        let out = Target::new(values, out_layout, block.images);
+        if self.is_winograd() {
+            let tiles = self.tiles(block.rows);
+            let scratch = TileScratch {
+                panels: window_panels,
+                products: gradient_panels,
+                rows,
+            };
+            let strips = (&dz, block.images);
+            let bias = vec![0.0; self.input.c];
+            let weights = &to.frequencies;
+            self.convolve_tiles(memory.isa, weights, tiles, strips, &bias, &out, scratch);
+        } else if !owned.is_empty() {
             // SAFETY: the strip reaches as far as the taps of the block's own rows.
             unsafe { self.input_gradient(memory, to, block, &dz, low, owned.clone(), &out, rows) };
         }
@@ -692,9 +933,8 @@ impl Layer {
         for phase in &to.phases {
             let [ty, tx] = phase.taps;
             // First row and column of the phase.
-            let begin = |at: usize, before: usize, phase: usize| {
-                at + (phase + s - (at + before) % s) % s
-            };
+            let begin =
+                |at: usize, before: usize, phase: usize| at + (phase + s - (at + before) % s) % s;
             let own_rows = (begin(owned.start, top, phase.y)..owned.end).step_by(s);
             let columns = (begin(0, left, phase.x)..self.input.w).step_by(s);
             let c = self.input.c;
@@ -765,6 +1005,70 @@ impl Layer {
                 // SAFETY: as the caller promises.
                 unsafe { gemm(packed, 0..packed.panel_count(), rows, &taps, nothing) };
             }
+        }
+    }
+
+    /// A block's part of the sums U of a weight gradient: as products into the run's sums, or as
+    /// panels.
+    #[allow(clippy::too_many_arguments)] // two strips, where they lie, and scratch
+    fn add_tile_gradient(
+        &self,
+        memory: &Memory,
+        sums: &WeightSums,
+        block: &Block,
+        (run, first): (usize, bool),
+        tiles: Tiles,
+        strips: [(Side, &Source); 2],
+        scratch: [&mut Vec<f32>; 2],
+    ) {
+        let shape = self.sum_shape();
+        let (start, count) = self.product_rows(block);
+        let channels = [self.input.c, self.output.c];
+        let (panels, at) = match *sums {
+            WeightSums::Lanes { .. } => {
+                let [a, z] = scratch;
+                let a = tile_panels(a, tiles, channels[0], count);
+                ([a, tile_panels(z, tiles, channels[1], count)], 0)
+            }
+            WeightSums::Panels { a, z, .. } => {
+                let stride = self.all_product_rows() * PANEL;
+                let panels = |value: ValueId, channels: usize| TilePanels {
+                    pointer: memory.pointer(value),
+                    frequency: channels / PANEL * stride,
+                    panel: stride,
+                };
+                ([panels(a, channels[0]), panels(z, channels[1])], start)
+            }
+        };
+        for ((side, strip), to) in strips.into_iter().zip(panels) {
+            for image in 0..block.images {
+                let first = at + image * tiles.count();
+                // SAFETY: the strips reach as far as the tiles; rows of the panels that are the
+                // task's own.
+                unsafe {
+                    winograd_training::transform(memory.isa, side, tiles, strip, image, to, first);
+                }
+            }
+        }
+        let WeightSums::Lanes { sums, .. } = *sums else {
+            return;
+        };
+        // SAFETY: the run's sums are the task's own.
+        let out = unsafe { memory.part(sums, run * shape.len(), shape.len()) };
+        for (frequency, out) in out
+            .chunks_exact_mut(shape.depth * padded(shape.outputs))
+            .enumerate()
+        {
+            let [a, z] = panels.map(|panels| Panels {
+                // SAFETY: inside the panels.
+                pointer: unsafe { panels.pointer.add(frequency * panels.frequency) },
+                stride: panels.panel,
+            });
+            let (k, n) = (0..shape.depth, 0..shape.outputs);
+            let out = out.as_mut_ptr();
+            let leading = padded(shape.outputs);
+            // SAFETY: the panels were just filled.
+            unsafe { transposed::product(memory.isa, a, z, count, k, n, out, leading, !first) };
         }
     }
 
@@ -890,11 +1194,36 @@ impl Layer {
         };
         let values = memory.values(values);
         let leading = padded(shape.outputs);
-        let ins = self.input.c / shape.groups;
+        let ins = self.input.c / self.conv.groups;
         let mut gradient = vec![0.0; self.output.c * ins * area];
         let to = Shared(gradient.as_mut_ptr());
         // Outputs in blocks of a panel, so that a line that is read is used.
         let blocks = shape.gradient_panels();
+        if self.is_winograd() {
+            memory.pool.run(blocks, |block| {
+                for i in 0..ins {
+                    let u = |frequency: usize| {
+                        let at = (frequency * ins + i) * leading + block * PANEL;
+                        let mut sum = [0.0; PANEL];
+                        sum.copy_from_slice(&values[at..][..PANEL]);
+                        for lane in 1..lanes {
+                            let part = &values[lane * shape.len() + at..][..PANEL];
+                            sum.iter_mut().zip(part).for_each(|(s, p)| *s += p);
+                        }
+                        sum
+                    };
+                    let taps = winograd_training::gradient_of_weights(memory.isa, 6, u);
+                    for o in 0..PANEL {
+                        for (tap, values) in taps.iter().enumerate() {
+                            let place = ((block * PANEL + o) * ins + i) * 9 + tap;
+                            // SAFETY: inside the gradient, and this task's outputs alone.
+                            unsafe { *to.get().add(place) = values[o] };
+                        }
+                    }
+                }
+            });
+            return gradient;
+        }
         memory.pool.run(shape.groups * blocks, |task| {
             let (group, block) = (task / blocks, task % blocks);
             let outputs = block * PANEL..((block + 1) * PANEL).min(shape.outputs);
@@ -925,7 +1254,7 @@ impl Layer {
         sums: ValueId,
     ) {
         const DEPTH: usize = 8 * PANEL;
-        let pixels = memory.count * self.output.pixels();
+        let pixels = self.all_product_rows();
         let stride = pixels * PANEL;
         let leading = padded(shape.outputs);
         let parts = shape.depth.div_ceil(DEPTH);

@@ -11,6 +11,7 @@ use candle_core::{Result, bail};
 use super::conv::{self, Layer, WeightSums};
 use super::operation::{self, Kind, Operation, Resampling};
 use super::values::{Destination, Feed, Norm, NormId, OutputGradient, ParameterId, ValueId, View};
+use crate::exec::cpu::Options;
 use crate::exec::cpu::arena::{Lifetime, place};
 use crate::exec::cpu::lower::{layout, window};
 use crate::graph::{Activation, Conv2d, Graph, NodeId, Op, Padding};
@@ -99,7 +100,8 @@ impl Trained {
         }
         // A norm is part of the convolution before it.
         for id in graph.ids() {
-            if let (Op::BatchNorm { .. }, [input]) = (&graph.node(id).op, &graph.node(id).inputs[..])
+            if let (Op::BatchNorm { .. }, [input]) =
+                (&graph.node(id).op, &graph.node(id).inputs[..])
             {
                 nodes[input.index()] |= nodes[id.index()];
             }
@@ -124,7 +126,7 @@ pub(super) fn lower(
     trained: &Trained,
     count: usize,
     size: [usize; 2],
-    isa: Isa,
+    options: Options,
 ) -> Result<Lowered> {
     let shapes = graph
         .shapes(size[0], size[1])
@@ -146,7 +148,8 @@ pub(super) fn lower(
         trained,
         count,
         size,
-        isa,
+        isa: options.isa,
+        exact: options.exact,
         dims: shapes.into_iter().map(layout).collect(),
         readers,
         first_parameter,
@@ -199,6 +202,7 @@ struct Lowering<'a> {
     count: usize,
     size: [usize; 2],
     isa: Isa,
+    exact: bool,
     /// By node.
     dims: Vec<Dims>,
     readers: Vec<Vec<NodeId>>,
@@ -247,7 +251,14 @@ impl Lowering<'_> {
                 return Ok(());
             }
             Op::Linear { .. } => {
-                let z = self.linear(id, inputs[0], input_dims, dims, first, node.parameters.len());
+                let z = self.linear(
+                    id,
+                    inputs[0],
+                    input_dims,
+                    dims,
+                    first,
+                    node.parameters.len(),
+                );
                 self.feeds[id.index()] = Some(Feed::Plain(View::whole(z, dims.c)));
                 return Ok(());
             }
@@ -533,7 +544,9 @@ impl Lowering<'_> {
         let wanted = trained(weight) || bias.is_some_and(trained) || self.wanted[feed.value()];
         let z = self.new_value(output.len() * self.count, wanted);
         let index = self.layers.len();
+        let weights = Layer::new_weights(self.isa, conv, window, self.exact);
         self.layers.push(Layer {
+            isa: self.isa,
             name: self.graph.node(id).name.clone(),
             conv: conv.clone(),
             window,
@@ -544,8 +557,8 @@ impl Lowering<'_> {
             weight,
             bias,
             moments: None,
-            blocks: conv::Block::divide(self.count, output, Layer::block_pixels(conv)),
-            weights: Layer::new_weights(self.isa, conv, window),
+            blocks: Layer::blocks(conv, &weights, self.count, output),
+            weights,
             bias_values: vec![0.0; output.c],
             backward: None,
         });
@@ -636,7 +649,9 @@ impl Lowering<'_> {
                 node.name
             );
         }
-        let Layer { blocks, output, z, .. } = &self.layers[layer];
+        let Layer {
+            blocks, output, z, ..
+        } = &self.layers[layer];
         self.wanted[*z] |= trained(first) || trained(first + 1);
         let moment_counts: Vec<usize> = blocks.iter().map(|b| b.pixels(*output).1).collect();
         let zeros = vec![0.0; channels];
@@ -821,7 +836,8 @@ impl Lowering<'_> {
         }
         uses.push(feed.value());
         let isa = self.isa;
-        let input = destination.map(|to| Layer::new_input_gradient(isa, &conv, to));
+        let input = destination
+            .map(|to| Layer::new_input_gradient(isa, &conv, &self.layers[index].weights, to));
         let from = OutputGradient {
             gradient,
             value: z,
@@ -924,7 +940,9 @@ impl Lowering<'_> {
                     (0, _) => others.is_empty(),
                     (_, Some(until)) => {
                         others.iter().all(|&r| r < until)
-                            && self.producers[value].is_none_or(|p| p < until || others.is_empty() && matches!(feed, Feed::Lazy { .. }))
+                            && self.producers[value].is_none_or(|p| {
+                                p < until || others.is_empty() && matches!(feed, Feed::Lazy { .. })
+                            })
                     }
                 };
             let view = View::whole(value, feed.channels());

@@ -113,8 +113,7 @@ impl PlanStep {
         }
         let [count, height, width] = shape;
         let size = [height, width];
-        let isa = self.options.isa;
-        let lowered = lower::lower(&self.graph, &self.trained, count, size, isa)?;
+        let lowered = lower::lower(&self.graph, &self.trained, count, size, self.options)?;
         let given: Vec<NodeId> = lowered.inputs.iter().map(|(node, _)| *node).collect();
         let frozen = match given.iter().max() {
             Some(&last) if given != [self.graph.input()] => {
@@ -126,7 +125,11 @@ impl PlanStep {
             }
             _ => None,
         };
-        let len = lowered.places.iter().map(|(offset, len)| offset + len).max();
+        let len = lowered
+            .places
+            .iter()
+            .map(|(offset, len)| offset + len)
+            .max();
         self.plans.truncate(PLANS - 1);
         let mut arena = Buffer::default();
         arena.reserve(len.unwrap_or(0));
@@ -244,7 +247,9 @@ impl TrainingStep for PlanStep {
     fn forward(&mut self, images: &Tensor, generator: &mut ChaCha8Rng) -> Result<Tensor> {
         let (count, channels, height, width) = images.dims4()?;
         if channels != 3 || count == 0 {
-            bail!("images of {channels} channels in a batch of {count}: one or more of 3 are needed");
+            bail!(
+                "images of {channels} channels in a batch of {count}: one or more of 3 are needed"
+            );
         }
         self.ready = false;
         let shape = [count, height, width];
@@ -278,7 +283,9 @@ impl TrainingStep for PlanStep {
                     plan.lowered.operations[index].forward(&memory, generator);
                 }
                 // SAFETY: no task runs, and nobody else holds the norm.
-                Step::Norm(norm) => finish_norm(unsafe { &mut *norms.add(norm) }, names, variables)?,
+                Step::Norm(norm) => {
+                    finish_norm(unsafe { &mut *norms.add(norm) }, names, variables)?
+                }
                 _ => break,
             }
             *timing += started.elapsed();
@@ -347,7 +354,8 @@ impl TrainingStep for PlanStep {
                 }
                 Step::Zero(view) => {
                     // SAFETY: the only task.
-                    let all = unsafe { memory.part(view.value, 0, memory.values(view.value).len()) };
+                    let all =
+                        unsafe { memory.part(view.value, 0, memory.values(view.value).len()) };
                     for pixel in all.chunks_exact_mut(view.stride) {
                         pixel[view.start..][..view.channels].fill(0.0);
                     }
@@ -392,9 +400,8 @@ fn finish_norm(norm: &mut Norm, names: &[String], variables: &Variables) -> Resu
         let unbiased = norm.count as f64 / (norm.count - 1) as f64;
         let update = |id: ParameterId, new: &[f64], factor: f64| -> Result<()> {
             let old = values(id)?;
-            let blend = |(&old, &new): (&f32, &f64)| {
-                (f64::from(old) * (1.0 - m) + new * factor * m) as f32
-            };
+            let blend =
+                |(&old, &new): (&f32, &f64)| (f64::from(old) * (1.0 - m) + new * factor * m) as f32;
             let blended: Vec<f32> = old.iter().zip(new).map(blend).collect();
             let buffers = variables.buffers();
             let Some((_, buffer)) = buffers.iter().find(|(name, _)| *name == names[id]) else {

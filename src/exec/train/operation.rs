@@ -324,8 +324,7 @@ impl Operation {
                     SCRATCH.with_borrow_mut(|scratch| {
                         let (image, y) = (task / rows, task % rows);
                         // SAFETY: see above.
-                        let out =
-                            unsafe { self.out(memory, task * self.output.w, self.output.w) };
+                        let out = unsafe { self.out(memory, task * self.output.w, self.output.w) };
                         self.average_pool_row(memory, window, (image, y), scratch, out);
                     });
                 });
@@ -357,12 +356,8 @@ impl Operation {
                 let keep = 1.0 - p;
                 let all = memory.count * pixels_of_image;
                 // SAFETY: the only task.
-                let (mask, out) = unsafe {
-                    (
-                        memory.part(*mask, 0, all * c),
-                        self.out(memory, 0, all),
-                    )
-                };
+                let (mask, out) =
+                    unsafe { (memory.part(*mask, 0, all * c), self.out(memory, 0, all)) };
                 memory.read(&self.inputs[0], 0, all, out);
                 for (value, mask) in out.iter_mut().zip(mask) {
                     let kept = generator.random::<f64>() < keep;
@@ -465,7 +460,7 @@ impl Operation {
                         let pixel = &values[(row * w + left + column) * c..][..c];
                         for ((out, place), &value) in out.iter_mut().zip(&mut *places).zip(pixel) {
                             // The first of equals, and NaN, as PyTorch takes them.
-                            let keep = *out >= value && *place >= 0.0;
+                            let keep = (*out >= value) & (*place >= 0.0);
                             *place = if keep { *place } else { tap };
                             *out = if keep { *out } else { value };
                         }
@@ -532,9 +527,9 @@ impl Operation {
                         }
                     }
                     for &norm in norms {
-                        let feed = inputs.iter().find(
-                            |f| matches!(f, Feed::Lazy { norm: Some(n), .. } if *n == norm),
-                        );
+                        let feed = inputs
+                            .iter()
+                            .find(|f| matches!(f, Feed::Lazy { norm: Some(n), .. } if *n == norm));
                         let Some(feed) = feed else { continue };
                         let z = &memory.values(feed.value())[start * c..][..pixels * c];
                         // SAFETY: the chunk's sums are the task's own.
@@ -568,7 +563,9 @@ impl Operation {
                 });
             }
             Kind::Shuffle { groups } => self.for_chunks(memory, |start, pixels, chunk, scratch| {
-                let Some(destination) = destination else { return };
+                let Some(destination) = destination else {
+                    return;
+                };
                 let part = room(&mut scratch.a, pixels * c);
                 elementwise::channel_shuffle(gradient(start, pixels), c, c / groups, part);
                 // SAFETY: see above.
@@ -592,7 +589,9 @@ impl Operation {
                 });
             }
             Kind::GlobalAveragePool => self.for_images(memory, |image, scratch| {
-                let Some(destination) = destination else { return };
+                let Some(destination) = destination else {
+                    return;
+                };
                 let pixels = self.input.pixels();
                 let part = room(&mut scratch.a, pixels * c);
                 let scale = 1.0 / pixels as f32;
@@ -630,18 +629,24 @@ impl Operation {
                     unsafe { memory.deliver(destination, image * pixels, part, image) };
                 }
             }),
-            Kind::Dropout { mask, .. } => self.for_chunks(memory, |start, pixels, chunk, scratch| {
-                let Some(destination) = destination else { return };
-                let part = room(&mut scratch.a, pixels * c);
-                let mask = &memory.values(*mask)[start * c..][..pixels * c];
-                elementwise::multiply(isa, gradient(start, pixels), mask, part);
-                // SAFETY: see above.
-                unsafe { memory.deliver(destination, start, part, chunk) };
-            }),
+            Kind::Dropout { mask, .. } => {
+                self.for_chunks(memory, |start, pixels, chunk, scratch| {
+                    let Some(destination) = destination else {
+                        return;
+                    };
+                    let part = room(&mut scratch.a, pixels * c);
+                    let mask = &memory.values(*mask)[start * c..][..pixels * c];
+                    elementwise::multiply(isa, gradient(start, pixels), mask, part);
+                    // SAFETY: see above.
+                    unsafe { memory.deliver(destination, start, part, chunk) };
+                })
+            }
             Kind::ClassToken { parameter, .. } => {
                 let tokens = pixels_of_image - 1;
                 self.for_images(memory, |image, _| {
-                    let Some(destination) = destination else { return };
+                    let Some(destination) = destination else {
+                        return;
+                    };
                     let g = gradient(image * pixels_of_image + 1, tokens);
                     // SAFETY: see above.
                     unsafe { memory.deliver(destination, image * tokens, g, image) };
@@ -657,7 +662,9 @@ impl Operation {
                 ..
             } => {
                 self.for_images(memory, |image, _| {
-                    let Some(destination) = destination else { return };
+                    let Some(destination) = destination else {
+                        return;
+                    };
                     let start = image * pixels_of_image;
                     let g = gradient(start, pixels_of_image);
                     // SAFETY: see above.
@@ -733,7 +740,9 @@ impl Operation {
                 });
             }
             Kind::SelectToken { index } => self.for_images(memory, |image, scratch| {
-                let Some(destination) = destination else { return };
+                let Some(destination) = destination else {
+                    return;
+                };
                 let tokens = self.input.pixels();
                 let part = room(&mut scratch.a, tokens * c);
                 part.fill(0.0);
@@ -752,7 +761,10 @@ impl Operation {
         window: &Window,
         add: impl Fn(usize, usize, &mut [f32]) + Sync,
     ) {
-        let destination = self.backward.as_ref().and_then(|b| b.destinations[0].as_ref());
+        let destination = self
+            .backward
+            .as_ref()
+            .and_then(|b| b.destinations[0].as_ref());
         let Some(destination) = destination else {
             return;
         };

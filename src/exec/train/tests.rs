@@ -49,7 +49,11 @@ fn pass(step: &mut dyn TrainingStep, images: &Tensor, gradient: &Tensor) -> Resu
         assert!(old.is_none(), "{} comes twice", names[index]);
         Ok(())
     })?;
-    assert_eq!(gradients.len(), names.len(), "every parameter has a gradient");
+    assert_eq!(
+        gradients.len(),
+        names.len(),
+        "every parameter has a gradient"
+    );
     let values = |(name, var): &(String, Var)| Ok((name.clone(), var.to_vec1()?));
     Ok(Pass {
         logits: logits.flatten_all()?.to_vec1()?,
@@ -59,7 +63,11 @@ fn pass(step: &mut dyn TrainingStep, images: &Tensor, gradient: &Tensor) -> Resu
 }
 
 fn norm(values: &[f32]) -> f64 {
-    values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt()
+    values
+        .iter()
+        .map(|&v| f64::from(v).powi(2))
+        .sum::<f64>()
+        .sqrt()
 }
 
 fn distance(a: &[f32], b: &[f32]) -> f64 {
@@ -68,8 +76,15 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// The largest relative error of a tensor, and its name.
-fn worst(actual: &BTreeMap<String, Vec<f32>>, expected: &BTreeMap<String, Vec<f32>>) -> (f64, String) {
-    let total = expected.values().map(|v| norm(v).powi(2)).sum::<f64>().sqrt();
+fn worst(
+    actual: &BTreeMap<String, Vec<f32>>,
+    expected: &BTreeMap<String, Vec<f32>>,
+) -> (f64, String) {
+    let total = expected
+        .values()
+        .map(|v| norm(v).powi(2))
+        .sum::<f64>()
+        .sqrt();
     let error = |(name, expected): (&String, &Vec<f32>)| {
         let size = norm(expected);
         if size < 1e-6 * total {
@@ -78,7 +93,9 @@ fn worst(actual: &BTreeMap<String, Vec<f32>>, expected: &BTreeMap<String, Vec<f3
         (distance(&actual[name], expected) / size, name.clone())
     };
     let errors = expected.iter().map(error);
-    errors.max_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or_default()
+    errors
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .unwrap_or_default()
 }
 
 fn compare(name: &str, count: usize, size: [usize; 2], frozen: &[&str], tolerance: f64) {
@@ -103,7 +120,9 @@ fn compare(name: &str, count: usize, size: [usize; 2], frozen: &[&str], toleranc
     let logits = distance(&actual.logits, &expected.logits) / norm(&expected.logits);
     let (error, worst_name) = worst(&actual.gradients, &expected.gradients);
     let (buffers, buffer_name) = worst(&actual.buffers, &expected.buffers);
-    println!("{name}: logits {logits:.1e}, gradients {error:.1e} ({worst_name}), buffers {buffers:.1e} ({buffer_name})");
+    println!(
+        "{name}: logits {logits:.1e}, gradients {error:.1e} ({worst_name}), buffers {buffers:.1e} ({buffer_name})"
+    );
     assert!(logits < 1e-4, "{name}: logits {logits}");
     assert!(error < tolerance, "{name}: {worst_name} {error}");
     assert!(buffers < 1e-4, "{name}: {buffer_name} {buffers}");
@@ -117,9 +136,9 @@ macro_rules! networks {
 
 networks! {
     resnet18: "resnet18", 3, [64, 48];
-    resnext50: "resnext50_32x4d", 3, [64, 64];
+    resnext50: "resnext50_32x4d", 4, [128, 96];
     mobilenet_v1: "mobilenet_v1_100", 3, [64, 64];
-    mobilenet_v2: "mobilenet_v2", 3, [64, 64];
+    mobilenet_v2: "mobilenet_v2", 4, [128, 96];
     mobilenet_v3: "mobilenet_v3_small", 3, [64, 64];
     shufflenet_v1: "shufflenet_v1_x1_0_g3", 3, [64, 64];
     shufflenet_v2: "shufflenet_v2_x1_0", 3, [64, 64];
@@ -148,7 +167,19 @@ fn speed() {
         plan.backward(&gradient, &mut |_, _| Ok(())).unwrap();
         times.push((s.elapsed().as_secs_f64() * 1e3, f.as_secs_f64() * 1e3));
     }
-    println!("{name}: {times:.1?} arena {} MB", plan.plans[0].1.lowered.places.iter().map(|(a, b)| a + b).max().unwrap() * 4 >> 20);
+    println!(
+        "{name}: {times:.1?} arena {} MB",
+        plan.plans[0]
+            .1
+            .lowered
+            .places
+            .iter()
+            .map(|(a, b)| a + b)
+            .max()
+            .unwrap()
+            * 4
+            >> 20
+    );
     let mut by: BTreeMap<&str, f64> = BTreeMap::new();
     let verbose = std::env::var("V").is_ok();
     for (n, label, t) in plan.timings() {

@@ -204,7 +204,12 @@ impl Memory<'_> {
     /// # Safety
     /// The block's partial sums are the task's own.
     #[allow(clippy::mut_from_ref)] // as `part`
-    pub unsafe fn partial<'b>(&self, partials: &'b [f32], block: usize, len: usize) -> &'b mut [f32] {
+    pub unsafe fn partial<'b>(
+        &self,
+        partials: &'b [f32],
+        block: usize,
+        len: usize,
+    ) -> &'b mut [f32] {
         assert!((block + 1) * len <= partials.len());
         // SAFETY: inside the vector, and the task's own as the caller promises.
         unsafe {
@@ -227,7 +232,8 @@ impl Memory<'_> {
     pub fn read(&self, feed: &Feed, start: usize, pixels: usize, out: &mut [f32]) {
         match *feed {
             Feed::Plain(view) => {
-                let values = &self.values(view.value)[start * view.stride..][..pixels * view.stride];
+                let values =
+                    &self.values(view.value)[start * view.stride..][..pixels * view.stride];
                 if view.is_whole() {
                     out.copy_from_slice(values);
                     return;
@@ -369,7 +375,13 @@ impl Memory<'_> {
     }
 
     /// The gradient at a convolution's output, from the gradient behind its norm.
-    pub fn read_gradient(&self, from: &OutputGradient, start: usize, pixels: usize, out: &mut [f32]) {
+    pub fn read_gradient(
+        &self,
+        from: &OutputGradient,
+        start: usize,
+        pixels: usize,
+        out: &mut [f32],
+    ) {
         let at = start * from.channels;
         let len = pixels * from.channels;
         let g = &self.values(from.gradient)[at..][..len];
