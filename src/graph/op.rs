@@ -45,6 +45,11 @@ impl Conv2d {
         Self { bias: true, ..self }
     }
 
+    /// Number of weights.
+    pub fn weights(&self) -> usize {
+        self.out_channels * self.in_channels / self.groups * self.kernel[0] * self.kernel[1]
+    }
+
     /// One filter for each channel.
     pub fn is_depthwise(&self) -> bool {
         self.groups > 1 && self.groups == self.in_channels && self.groups == self.out_channels

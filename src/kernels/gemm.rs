@@ -84,6 +84,38 @@ impl Packed {
         }
     }
 
+    /// The weights of a convolution, `[outputs, inputs, area]` as PyTorch has them, as rows of
+    /// `[area, inputs]`, in the place of the old values.
+    pub fn set_convolution(&mut self, weight: &[f32], area: usize) {
+        // Of an output at a time: lines that are read, and lines that are written, stay in the
+        // cache.
+        const BLOCK: usize = 64;
+        let Values::Own(values) = &mut self.values else {
+            unreachable!("weights that change are not kept in a slab");
+        };
+        let lanes = self.isa.lanes();
+        let depth = self.depth;
+        let inputs = depth / area;
+        for panel in &self.panels {
+            let width = panel.vectors * lanes;
+            let to = &mut values[panel.offset..][..depth * width];
+            for start in (0..depth).step_by(BLOCK) {
+                let block = start..(start + BLOCK).min(depth);
+                for column in 0..panel.columns {
+                    let from = &weight[(panel.start + column) * depth..][block.clone()];
+                    if area == 1 {
+                        let rows = to[start * width..].chunks_exact_mut(width);
+                        rows.zip(from).for_each(|(row, &v)| row[column] = v);
+                        continue;
+                    }
+                    for (at, &value) in block.clone().zip(from) {
+                        to[(at % area * inputs + at / area) * width + column] = value;
+                    }
+                }
+            }
+        }
+    }
+
     /// Other values in the place of the old ones, `value(row, column)` each.
     pub fn refill(&mut self, value: impl Fn(usize, usize) -> f32) {
         let Values::Own(values) = &mut self.values else {

@@ -2,6 +2,9 @@
 
 use std::ops::Range;
 
+use pulp::{Simd, WithSimd};
+
+use super::isa::{load, store};
 use super::{Dims, Isa, Source, Target, Window};
 
 /// What is made of the pixels of a window.
@@ -68,6 +71,100 @@ pub unsafe fn pool(
                 }
             }
         });
+    }
+}
+
+/// A row of max-pooling that remembers where each maximum came from.
+///
+/// `rows` holds the input rows that the windows of the output row meet, those of taps
+/// `down.start..`, each of `width` pixels. `out` is the row of outputs, `[W, C]`; `places` gets the
+/// tap of each, as a number. Of equals the first wins, as in PyTorch.
+#[allow(clippy::too_many_arguments)] // rows, a window, and two results
+pub fn max_row(
+    isa: Isa,
+    window: &Window,
+    rows: &[f32],
+    down: Range<usize>,
+    width: usize,
+    channels: usize,
+    out: &mut [f32],
+    places: &mut [f32],
+) {
+    assert!(rows.len() >= down.len() * width * channels && out.len() == places.len());
+    isa.dispatch(MaxRow {
+        window,
+        rows,
+        down,
+        width,
+        channels,
+        out,
+        places,
+    });
+}
+
+struct MaxRow<'a> {
+    window: &'a Window,
+    rows: &'a [f32],
+    down: Range<usize>,
+    width: usize,
+    channels: usize,
+    out: &'a mut [f32],
+    places: &'a mut [f32],
+}
+
+impl WithSimd for MaxRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        for x in 0..self.out.len() / self.channels {
+            let mut c = 0;
+            while c + S::F32_LANES <= self.channels {
+                self.pixel::<S>(simd, x, c);
+                c += S::F32_LANES;
+            }
+            while c < self.channels {
+                self.pixel::<pulp::Scalar>(pulp::Scalar, x, c);
+                c += 1;
+            }
+        }
+    }
+}
+
+impl MaxRow<'_> {
+    /// One vector of channels of an output pixel.
+    #[inline(always)]
+    fn pixel<S: Simd>(&mut self, simd: S, x: usize, c: usize) {
+        let start = (x * self.window.stride) as isize - self.window.before[1] as isize;
+        let mut largest = simd.splat_f32s(f32::NEG_INFINITY);
+        let mut place = simd.splat_f32s(-1.0);
+        for (row, ky) in self.down.clone().enumerate() {
+            for kx in 0..self.window.kernel[1] {
+                let Ok(column) = usize::try_from(start + kx as isize) else {
+                    continue;
+                };
+                if column >= self.width {
+                    break;
+                }
+                let at = (row * self.width + column) * self.channels + c;
+                // SAFETY: a pixel of the rows, and channels that exist.
+                let value = unsafe { load::<S>(self.rows.as_ptr().add(at)) };
+                let tap = simd.splat_f32s((ky * self.window.kernel[1] + kx) as f32);
+                // The second is false where nothing was seen yet.
+                let keep = simd.and_m32s(
+                    simd.greater_than_or_equal_f32s(largest, value),
+                    simd.greater_than_or_equal_f32s(place, simd.splat_f32s(0.0)),
+                );
+                largest = simd.select_f32s(keep, largest, value);
+                place = simd.select_f32s(keep, place, tap);
+            }
+        }
+        let at = x * self.channels + c;
+        // SAFETY: channels of an output pixel.
+        unsafe {
+            store::<S>(self.out.as_mut_ptr().add(at), largest);
+            store::<S>(self.places.as_mut_ptr().add(at), place);
+        }
     }
 }
 

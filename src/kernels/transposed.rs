@@ -3,8 +3,9 @@
 //!
 //! Both sides are packed into panels of sixteen columns, all rows of a panel one after the other:
 //! however far apart the rows were in memory, the product walks through both panels line by line.
-//! A tile of six by sixteen outputs stays in registers while all rows pass. Each output is one
-//! chain of fused multiply-adds in the order of the rows.
+//! A tile of six by sixteen outputs stays in registers while the rows of a chunk pass; chunks are
+//! such that a panel of the right side stays in the first-level cache. Each output is a sum over
+//! chunks of chains of fused multiply-adds, in the order of the rows.
 
 use std::ops::Range;
 
@@ -14,6 +15,9 @@ use super::isa::{Isa, load, store};
 
 /// Columns of a panel.
 pub const PANEL: usize = 16;
+
+/// Rows of a chunk: a panel of so many is 12 kB.
+const CHUNK: usize = 192;
 
 /// Columns when padded to whole panels.
 pub const fn padded(columns: usize) -> usize {
@@ -73,16 +77,26 @@ pub unsafe fn product(
     add: bool,
 ) {
     debug_assert!(n.start.is_multiple_of(PANEL) && leading.is_multiple_of(PANEL));
-    isa.dispatch(Product {
-        a,
-        z,
-        rows,
-        k,
-        n,
-        out,
-        leading,
-        add,
-    });
+    // Even chunks: a short last one would cost as much as a whole one.
+    let chunks = rows.div_ceil(CHUNK).max(1);
+    for chunk in 0..chunks {
+        let (start, end) = (chunk * rows / chunks, (chunk + 1) * rows / chunks);
+        // SAFETY: rows of the panels.
+        let part = |panels: Panels| Panels {
+            pointer: unsafe { panels.pointer.add(start * PANEL) },
+            ..panels
+        };
+        isa.dispatch(Product {
+            a: part(a),
+            z: part(z),
+            rows: end - start,
+            k: k.clone(),
+            n: n.clone(),
+            out,
+            leading,
+            add: add || chunk > 0,
+        });
+    }
 }
 
 struct Product {

@@ -229,7 +229,7 @@ impl Layer {
             let pixels = (WINOGRAD_VALUES / widest).clamp(128, 1024);
             return Block::divide(count, output, pixels, 4);
         }
-        Block::divide(count, output, (STRIP_VALUES / widest).clamp(32, 512), 1)
+        Block::divide(count, output, (STRIP_VALUES / widest).clamp(96, 512), 1)
     }
 
     fn sum_shape(&self) -> SumShape {
@@ -414,14 +414,8 @@ impl Layer {
             }
             Weights::Dense(packed) => {
                 for (group, packed) in packed.iter_mut().enumerate() {
-                    if area == 1 {
-                        packed.refill(|i, o| weight[(group * outs + o) * ins + i]);
-                        continue;
-                    }
-                    packed.refill(|row, column| {
-                        let (tap, i) = (row / ins, row % ins);
-                        weight[((group * outs + column) * ins + i) * area + tap]
-                    });
+                    let len = outs * ins * area;
+                    packed.set_convolution(&weight[group * len..][..len], area);
                 }
             }
         }
@@ -452,7 +446,9 @@ impl Layer {
             let (py, px) = (phase.y, phase.x);
             for (group, packed) in phase.groups.iter_mut().enumerate() {
                 if area == 1 {
-                    packed.refill(|o, i| weight[(group * outs + o) * ins + i]);
+                    for o in 0..outs {
+                        packed.set_row(o, &weight[(group * outs + o) * ins..][..ins]);
+                    }
                     continue;
                 }
                 packed.refill(|row, i| {

@@ -173,18 +173,19 @@ impl Compiled {
             // Only known parameters are asked for.
             operation.load(|id| values(id).unwrap_or_default());
         }
-        let layers = self.lowered.layers.len();
+        // The largest first, so that the threads end together.
+        let mut order: Vec<usize> = (0..self.lowered.layers.len()).collect();
+        order.sort_by_key(|&layer| std::cmp::Reverse(self.lowered.layers[layer].conv.weights()));
         let pointer = Shared(self.lowered.layers.as_mut_ptr().cast());
         let failed = std::sync::Mutex::new(None);
-        pool.run(layers, |index| {
+        pool.run(order.len(), |task| {
             // SAFETY: each task has a layer of its own.
-            let layer = unsafe { &mut *pointer.get().cast::<conv::Layer>().add(index) };
-            let load = || -> Result<()> {
+            let layer = unsafe { &mut *pointer.get().cast::<conv::Layer>().add(order[task]) };
+            let mut load = || -> Result<()> {
                 let weight = tensor(layer.weight)?.clone();
                 let bias = layer.bias.map(values).transpose()?;
                 with_values(&weight, |weight| layer.load(weight, bias.as_deref()))
             };
-            let mut load = load;
             if let Err(error) = load() {
                 *failed.lock().unwrap_or_else(|e| e.into_inner()) = Some(error);
             }

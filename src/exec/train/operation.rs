@@ -8,6 +8,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::values::{Destination, Feed, Memory, NormId, ParameterId, Shared, ValueId};
 use crate::graph::Activation;
+use crate::kernels::pool::max_row;
 use crate::kernels::{Dims, Window, attention, attention_gradient, elementwise, norm, rowwise};
 
 /// One operation.
@@ -448,26 +449,7 @@ impl Operation {
         let Dims { h, w, c } = self.input;
         let (down, start) = inside(y, window, 0, h);
         let values = self.pool_rows(memory, (image, start, down.len()), &mut scratch.a);
-        out.fill(f32::NEG_INFINITY);
-        places.fill(-1.0);
-        memory.isa.compiled(|| {
-            let pixels = out.chunks_exact_mut(c).zip(places.chunks_exact_mut(c));
-            for (x, (out, places)) in pixels.enumerate() {
-                let (across, left) = inside(x, window, 1, w);
-                for (row, ky) in down.clone().enumerate() {
-                    for (column, kx) in across.clone().enumerate() {
-                        let tap = (ky * window.kernel[1] + kx) as f32;
-                        let pixel = &values[(row * w + left + column) * c..][..c];
-                        for ((out, place), &value) in out.iter_mut().zip(&mut *places).zip(pixel) {
-                            // The first of equals, and NaN, as PyTorch takes them.
-                            let keep = (*out >= value) & (*place >= 0.0);
-                            *place = if keep { *place } else { tap };
-                            *out = if keep { *out } else { value };
-                        }
-                    }
-                }
-            }
-        });
+        max_row(memory.isa, window, values, down, w, c, out, places);
     }
 
     fn average_pool_row(
