@@ -243,7 +243,7 @@ impl Eager {
                 let dim = body.dim(2)?;
                 let along = |to: usize| {
                     let weights = resample::position_weights(interpolation, grid, to);
-                    Tensor::from_vec(weights, (to, grid), x.device())
+                    Tensor::from_vec(weights, (to, grid), x.device())?.to_dtype(x.dtype())
                 };
                 let rows = along(target[0])?.matmul(&body.reshape((grid, grid * dim))?)?;
                 let rows = rows.reshape((target[0], grid, dim))?;
@@ -474,7 +474,7 @@ fn pad_with(x: &Tensor, amount: usize, value: f64) -> Result<Tensor> {
         return Ok(x.clone());
     }
     let (n, c, h, w) = x.dims4()?;
-    let filled = |h, w| Tensor::full(value as f32, (n, c, h, w), x.device());
+    let filled = |h, w| Tensor::full(value as f32, (n, c, h, w), x.device())?.to_dtype(x.dtype());
     let side = filled(h, amount)?;
     let edge = filled(amount, w + 2 * amount)?;
     let wide = Tensor::cat(&[&side, x, &side], 3)?;

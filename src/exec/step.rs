@@ -5,7 +5,9 @@ use candle_nn::var_builder::VarBuilder;
 use rand_chacha::ChaCha8Rng;
 
 use super::eager::{self, Eager, Mode, Training};
+use super::cpu::Options;
 use super::params::fetch;
+use super::train::PlanStep;
 use crate::graph::{Graph, Op};
 
 /// One network in training: forward and backward of a batch, its parameters as candle variables.
@@ -172,12 +174,22 @@ impl TrainingStep for EagerStep {
     }
 }
 
-/// The way to train a network on a device.
+/// The way to train a network where its tensors are: a compiled plan on the CPU, candle's
+/// operations elsewhere.
 ///
 /// # Errors
-/// Where `variables` are those of another graph.
-pub fn training_step(graph: Graph, variables: &Variables) -> Result<Box<dyn TrainingStep>> {
-    Ok(Box::new(EagerStep::new(graph, variables)?))
+/// Where `variables` are those of another graph, or threads cannot be started.
+pub fn training_step(
+    graph: Graph,
+    variables: &Variables,
+    options: Options,
+) -> Result<Box<dyn TrainingStep>> {
+    let mut tensors = variables.tensors().values();
+    Ok(if tensors.all(|tensor| tensor.device().is_cpu()) {
+        Box::new(PlanStep::new(graph, variables, options)?)
+    } else {
+        Box::new(EagerStep::new(graph, variables)?)
+    })
 }
 
 /// [`TrainingStep`] of the head alone: dropout and a linear layer over features `[N, F]`, which

@@ -165,7 +165,18 @@ pub fn mask_by_output(isa: Isa, y: &[f32], activation: Activation, g: &mut [f32]
     });
 }
 
-/// `sum += Σ g` and, where there is a mean, `products += Σ g · (z - mean)`, over rows.
+/// `sum += Σ row`.
+pub fn sum_rows(isa: Isa, rows: &[f32], sum: &mut [f32]) {
+    isa.compiled(|| {
+        for row in rows.chunks_exact(sum.len()) {
+            sum.iter_mut()
+                .zip(row)
+                .for_each(|(sum, value)| *sum += value);
+        }
+    });
+}
+
+/// `sum += Σ g` and `products += Σ g · (z - mean)`, over rows.
 pub fn gradient_sums(
     isa: Isa,
     g: &[f32],
@@ -176,12 +187,6 @@ pub fn gradient_sums(
 ) {
     let c = sum.len();
     isa.compiled(|| {
-        if mean.is_empty() {
-            for g in g.chunks_exact(c) {
-                sum.iter_mut().zip(g).for_each(|(s, g)| *s += g);
-            }
-            return;
-        }
         for (g, z) in g.chunks_exact(c).zip(z.chunks_exact(c)) {
             let rows = g.iter().zip(z).zip(mean);
             for ((sum, product), ((&g, &z), &mean)) in

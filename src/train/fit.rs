@@ -303,9 +303,9 @@ impl Fitting {
             state.check_complete(&params.report())?;
         }
         let mut named = BTreeSet::new();
+        let options = Options::threads(run.threads).exact(settings.exact);
         let (step, source, validation) = if settings.freeze == "backbone" {
             let step: Box<dyn TrainingStep> = Box::new(HeadStep::new(&graph, &variables)?);
-            let options = Options::threads(run.threads).exact(settings.exact);
             let (node, _) = graph.features();
             let mut runner = Runner::new(graph.clone(), &vb, size, node, options)?;
             let plain = [&run.dataset.train, &run.dataset.validation]
@@ -334,7 +334,7 @@ impl Fitting {
             let source = Source::behind(runner, features, plan, &run.device);
             (step, source, Validation::Features(validation))
         } else {
-            let step = training_step(graph.clone(), &variables)?;
+            let step = training_step(graph.clone(), &variables, options)?;
             let plan = run.batch_plan(&run.dataset.train, settings.augment);
             let validation = run.batch_plan(&run.dataset.validation, Augment::None);
             let source = Source::images(plan, &run.device);

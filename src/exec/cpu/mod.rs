@@ -31,7 +31,7 @@
 
 pub(in crate::exec) mod arena;
 pub(in crate::exec) mod lower;
-pub(in crate::exec) mod pool;
+mod pool;
 mod shares;
 mod step;
 

@@ -485,11 +485,11 @@ impl Layer {
 
     /// The input of a block: read where it lies, or in a strip. With the window that reads it, and
     /// the channel where it begins.
-    fn block_input<'a>(
+    fn block_input(
         &self,
         memory: &Memory,
         block: &Block,
-        scratch: &'a mut Vec<f32>,
+        scratch: &mut Vec<f32>,
     ) -> (Source, Window, usize) {
         if let (Feed::Plain(view), true) = (self.feed, self.is_pointwise()) {
             let start =
@@ -601,12 +601,12 @@ impl Layer {
     }
 
     /// The strip of input that tiles over a block read.
-    fn fill_tiles<'a>(
+    fn fill_tiles(
         &self,
         memory: &Memory,
         block: &Block,
         tiles: Tiles,
-        scratch: &'a mut Vec<f32>,
+        scratch: &mut Vec<f32>,
     ) -> Source {
         let strip = Strip {
             rows: tiles.strip_rows(),
@@ -800,7 +800,7 @@ impl Layer {
             for (image, y) in block.image_rows() {
                 // SAFETY: a row of the strip.
                 let row = unsafe { dz.row(image, own + y) };
-                rowwise::gradient_sums(memory.isa, row, &[], &[], sums, &mut []);
+                rowwise::sum_rows(memory.isa, row, sums);
             }
         }
         if let (Some(sums), true) = (&backward.weights, self.is_winograd()) {

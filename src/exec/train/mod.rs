@@ -29,8 +29,7 @@ use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, Var, bail}
 use candle_nn::var_builder::VarBuilder;
 use rand_chacha::ChaCha8Rng;
 
-use super::cpu::pool::Pool;
-use super::cpu::{Options, Plan};
+use super::cpu::{Options, Plan, Pool};
 use super::step::{TrainingStep, Variables};
 use crate::graph::{Graph, NodeId};
 use crate::kernels::memory::Buffer;

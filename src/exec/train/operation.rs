@@ -249,6 +249,7 @@ impl Operation {
     ///
     /// # Safety
     /// They are the task's own.
+    #[allow(clippy::mut_from_ref)] // the contract makes the pixels the caller's own
     unsafe fn out<'a>(&self, memory: &'a Memory, start: usize, pixels: usize) -> &'a mut [f32] {
         let c = self.output.c;
         // SAFETY: as the caller promises.
@@ -340,17 +341,17 @@ impl Operation {
                 for y in 0..h {
                     memory.read(&self.inputs[0], (image * h + y) * w, w, row);
                     sum.fill(0.0);
-                    rowwise::gradient_sums(isa, row, &[], &[], sum, &mut []);
+                    rowwise::sum_rows(isa, row, sum);
                     rowwise::accumulate(isa, sum, out);
                 }
                 let count = (h * w) as f32;
                 out.iter_mut().for_each(|v| *v /= count);
             }),
-            Kind::Multiply => self.for_images(memory, |image, scratch| {
+            Kind::Multiply => self.for_images(memory, |image, _| {
                 let start = image * pixels_of_image;
                 // SAFETY: see above.
                 let out = unsafe { self.out(memory, start, pixels_of_image) };
-                let [x, factor] = self.factors(memory, image, scratch);
+                let [x, factor] = self.factors(memory, image);
                 elementwise::multiply(isa, x, factor, out);
             }),
             Kind::Dropout { p, mask } => {
@@ -416,7 +417,7 @@ impl Operation {
     }
 
     /// The two inputs of a product, for one image; the second may be one pixel.
-    fn factors<'a>(&self, memory: &'a Memory, image: usize, _: &mut Scratch) -> [&'a [f32]; 2] {
+    fn factors<'a>(&self, memory: &'a Memory, image: usize) -> [&'a [f32]; 2] {
         [0, 1].map(|index| {
             let values = memory.values(self.inputs[index].value());
             let len = values.len() / memory.count;
@@ -587,7 +588,7 @@ impl Operation {
             }),
             Kind::Multiply => self.for_images(memory, |image, scratch| {
                 let g = gradient(image * pixels_of_image, pixels_of_image);
-                let [x, factor] = self.factors(memory, image, scratch);
+                let [x, factor] = self.factors(memory, image);
                 let pixels = factor.len() / c;
                 if let Some(destination) = destination {
                     let part = room(&mut scratch.a, g.len());

@@ -1,12 +1,13 @@
-//! The plan against candle's own way through the same network.
+//! The plan against candle's own way through the same network, in float64.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use rand::{RngExt, SeedableRng};
 
-use super::*;
+use super::{Options, PlanStep, *};
 use crate::exec::EagerStep;
 use crate::exec::params::Params;
+use crate::graph::{Activation, Builder, Conv2d, InitScheme, Norm, Op, Padding, Pool2d};
 use crate::models::registry;
 
 fn random(rng: &mut ChaCha8Rng, shape: &[usize]) -> Tensor {
@@ -34,6 +35,14 @@ fn variables(graph: &Graph, frozen: &BTreeSet<String>, seed: u64) -> Variables {
     variables
 }
 
+fn double(tensor: &Tensor) -> Tensor {
+    tensor.to_dtype(DType::F64).unwrap()
+}
+
+fn values(tensor: &Tensor) -> Result<Vec<f32>> {
+    tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1()
+}
+
 struct Pass {
     logits: Vec<f32>,
     gradients: BTreeMap<String, Vec<f32>>,
@@ -45,7 +54,7 @@ fn pass(step: &mut dyn TrainingStep, images: &Tensor, gradient: &Tensor) -> Resu
     let logits = step.forward(images, &mut ChaCha8Rng::seed_from_u64(5))?;
     let mut gradients = BTreeMap::new();
     step.backward(gradient, &mut |index, tensor| {
-        let old = gradients.insert(names[index].clone(), tensor.flatten_all()?.to_vec1()?);
+        let old = gradients.insert(names[index].clone(), values(&tensor)?);
         assert!(old.is_none(), "{} comes twice", names[index]);
         Ok(())
     })?;
@@ -54,15 +63,15 @@ fn pass(step: &mut dyn TrainingStep, images: &Tensor, gradient: &Tensor) -> Resu
         names.len(),
         "every parameter has a gradient"
     );
-    let values = |(name, var): &(String, Var)| Ok((name.clone(), var.to_vec1()?));
+    let named = |(name, var): &(String, Var)| Ok((name.clone(), values(var)?));
     Ok(Pass {
-        logits: logits.flatten_all()?.to_vec1()?,
+        logits: values(&logits)?,
         gradients,
-        buffers: step.buffers().iter().map(values).collect::<Result<_>>()?,
+        buffers: step.buffers().iter().map(named).collect::<Result<_>>()?,
     })
 }
 
-fn norm(values: &[f32]) -> f64 {
+fn size_of(values: &[f32]) -> f64 {
     values
         .iter()
         .map(|&v| f64::from(v).powi(2))
@@ -72,24 +81,19 @@ fn norm(values: &[f32]) -> f64 {
 
 fn distance(a: &[f32], b: &[f32]) -> f64 {
     let differences: Vec<f32> = a.iter().zip(b).map(|(a, b)| a - b).collect();
-    norm(&differences)
+    size_of(&differences)
 }
 
-/// The largest relative error of a tensor, and its name.
+/// The largest relative error of a tensor, and its name. Norms make some gradients vanish (of a
+/// bias or a scale before them): what rounding leaves of those is held against a hundredth of all.
 fn worst(
     actual: &BTreeMap<String, Vec<f32>>,
     expected: &BTreeMap<String, Vec<f32>>,
 ) -> (f64, String) {
-    let total = expected
-        .values()
-        .map(|v| norm(v).powi(2))
-        .sum::<f64>()
-        .sqrt();
+    let squares = expected.values().map(|v| size_of(v).powi(2));
+    let floor = 1e-2 * squares.sum::<f64>().sqrt();
     let error = |(name, expected): (&String, &Vec<f32>)| {
-        let size = norm(expected);
-        if size < 1e-6 * total {
-            return (0.0, name.clone());
-        }
+        let size = size_of(expected).max(floor);
         (distance(&actual[name], expected) / size, name.clone())
     };
     let errors = expected.iter().map(error);
@@ -98,8 +102,22 @@ fn worst(
         .unwrap_or_default()
 }
 
-fn compare(name: &str, count: usize, size: [usize; 2], frozen: &[&str], tolerance: f64) {
+fn compare(name: &str, count: usize, size: [usize; 2], frozen: &[&str]) {
     let graph = registry::find(name).unwrap().row.architecture.graph(7);
+    // Behind a ReLU, a digit can decide whether a value's gradient is there or not.
+    let gradients = if frozen.is_empty() { 2e-2 } else { 1e-3 };
+    compare_graphs(name, &graph, count, size, frozen, [1e-4, gradients]);
+}
+
+/// One pass of the plan against one of candle's in float64.
+fn compare_graphs(
+    name: &str,
+    graph: &Graph,
+    count: usize,
+    size: [usize; 2],
+    frozen: &[&str],
+    [forward, backward]: [f64; 2],
+) {
     let frozen: BTreeSet<String> = graph
         .parameters()
         .map(|p| p.name.clone())
@@ -109,28 +127,35 @@ fn compare(name: &str, count: usize, size: [usize; 2], frozen: &[&str], toleranc
     let images = random(&mut rng, &[count, 3, size[0], size[1]]);
     let gradient = random(&mut rng, &[count, 7]);
     let expected = {
-        let variables = variables(&graph, &frozen, 1);
+        let narrow = variables(graph, &frozen, 1);
+        let wide = |(name, tensor): (&String, &Tensor)| (name.clone(), double(tensor));
+        let tensors = narrow.tensors().iter().map(wide).collect();
+        let vb = VarBuilder::from_tensors(tensors, DType::F64, &Device::Cpu);
+        let variables = Variables::new(graph, &vb, &frozen).unwrap();
         let mut eager = EagerStep::new(graph.clone(), &variables).unwrap();
-        pass(&mut eager, &images, &gradient).unwrap()
+        pass(&mut eager, &double(&images), &double(&gradient)).unwrap()
     };
-    let variables = variables(&graph, &frozen, 1);
-    let options = Options::threads(2);
-    let mut plan = PlanStep::new(graph.clone(), &variables, options).unwrap();
-    let actual = pass(&mut plan, &images, &gradient).unwrap();
-    let logits = distance(&actual.logits, &expected.logits) / norm(&expected.logits);
+    let run = |threads: usize| {
+        let variables = variables(graph, &frozen, 1);
+        let options = Options::threads(threads);
+        let mut plan = PlanStep::new(graph.clone(), &variables, options).unwrap();
+        pass(&mut plan, &images, &gradient).unwrap()
+    };
+    let actual = run(2);
+    let logits = distance(&actual.logits, &expected.logits) / size_of(&expected.logits);
     let (error, worst_name) = worst(&actual.gradients, &expected.gradients);
     let (buffers, buffer_name) = worst(&actual.buffers, &expected.buffers);
-    println!(
-        "{name}: logits {logits:.1e}, gradients {error:.1e} ({worst_name}), buffers {buffers:.1e} ({buffer_name})"
-    );
-    assert!(logits < 1e-4, "{name}: logits {logits}");
-    assert!(error < tolerance, "{name}: {worst_name} {error}");
-    assert!(buffers < 1e-4, "{name}: {buffer_name} {buffers}");
+    assert!(logits < forward, "{name}: logits {logits}");
+    assert!(error < backward, "{name}: {worst_name} {error}");
+    assert!(buffers < forward, "{name}: {buffer_name} {buffers}");
+    let other = run(3);
+    assert_eq!(actual.logits, other.logits, "{name}: other bits");
+    assert_eq!(actual.gradients, other.gradients, "{name}: other bits");
 }
 
 macro_rules! networks {
     ($($test:ident: $name:literal, $count:literal, $size:expr;)*) => {
-        $(#[test] fn $test() { compare($name, $count, $size, &[], 2e-2); })*
+        $(#[test] fn $test() { compare($name, $count, $size, &[]); })*
     };
 }
 
@@ -147,48 +172,147 @@ networks! {
 }
 
 #[test]
-#[ignore]
-fn speed() {
-    let name = std::env::var("NET").unwrap();
-    let count: usize = std::env::var("BATCH").map_or(16, |v| v.parse().unwrap());
-    let threads: usize = std::env::var("THREADS").map_or(2, |v| v.parse().unwrap());
-    let graph = registry::find(&name).unwrap().row.architecture.graph(1000);
-    let variables = variables(&graph, &BTreeSet::new(), 1);
-    let mut plan = PlanStep::new(graph.clone(), &variables, Options::threads(threads)).unwrap();
-    let mut rng = ChaCha8Rng::seed_from_u64(9);
-    let images = random(&mut rng, &[count, 3, 224, 224]);
-    let gradient = random(&mut rng, &[count, 1000]);
-    let mut times = Vec::new();
-    let mut g = ChaCha8Rng::seed_from_u64(5);
-    for _ in 0..4 {
-        let s = Instant::now();
-        plan.forward(&images, &mut g).unwrap();
-        let f = s.elapsed();
-        plan.backward(&gradient, &mut |_, _| Ok(())).unwrap();
-        times.push((s.elapsed().as_secs_f64() * 1e3, f.as_secs_f64() * 1e3));
-    }
-    println!(
-        "{name}: {times:.1?} arena {} MB",
-        plan.plans[0]
-            .1
-            .lowered
-            .places
-            .iter()
-            .map(|(a, b)| a + b)
-            .max()
-            .unwrap()
-            * 4
-            >> 20
+fn frozen_stages_are_left_to_the_inference_plan() {
+    let stem = ["conv1", "bn1", "layer1", "layer2"];
+    compare("resnet18", 3, [64, 64], &stem);
+    compare("resnet18", 3, [64, 64], &["conv1", "bn1", "layer"]);
+    // Norms alone, and a convolution in the middle.
+    compare(
+        "resnet18",
+        3,
+        [64, 64],
+        &["bn1", "layer1.0.bn", "layer2.0.conv1"],
     );
-    let mut by: BTreeMap<&str, f64> = BTreeMap::new();
-    let verbose = std::env::var("V").is_ok();
-    for (n, label, t) in plan.timings() {
-        *by.entry(label).or_default() += t.as_secs_f64() * 250.0;
-        if verbose && t.as_secs_f64() * 250.0 > 1.0 {
-            println!("  {n:40} {label:30} {:.2}", t.as_secs_f64() * 250.0);
+    let blocks: Vec<String> = (0..16).map(|i| format!("features.{i}.")).collect();
+    let blocks: Vec<&str> = blocks.iter().map(String::as_str).collect();
+    compare("mobilenet_v2", 3, [64, 64], &blocks);
+    let first = [
+        "class_token",
+        "conv_proj",
+        "encoder.layers.encoder_layer_0",
+        "encoder.pos",
+    ];
+    compare("vit_tiny_patch16_224", 2, [32, 32], &first);
+}
+
+/// Networks of one operation after another, with shapes that nobody would choose. Activations are
+/// smooth, so that no digit decides over a gradient.
+#[test]
+fn operations_of_random_shapes() {
+    let mut rng = ChaCha8Rng::seed_from_u64(11);
+    for case in 0..60 {
+        let graph = random_graph(&mut rng);
+        let size = [rng.random_range(9..30), rng.random_range(9..30)];
+        let count = rng.random_range(2..6);
+        let ops: Vec<String> = graph
+            .nodes()
+            .iter()
+            .map(|n| format!("{:?}", n.op))
+            .collect();
+        let name = format!("case {case}, {count} x {size:?}, {}", ops.join("; "));
+        compare_graphs(&name, &graph, count, size, &[], [1e-4, 3e-4]);
+    }
+}
+
+fn random_graph(rng: &mut ChaCha8Rng) -> Graph {
+    let mut b = Builder::new(InitScheme::FanIn);
+    let mut x = b.input();
+    let mut channels = 3;
+    for layer in 0..rng.random_range(1..4) {
+        let activation = |rng: &mut ChaCha8Rng| {
+            [Activation::HardSwish, Activation::Gelu][rng.random_range(0..2)]
+        };
+        let kernel = rng.random_range(1..5);
+        let groups = [1, 2, 4, 8][rng.random_range(0..4)];
+        let depthwise = layer > 0 && rng.random_range(0..3) == 0;
+        let outputs = match depthwise {
+            true => channels,
+            false => 8 * rng.random_range(1..7),
+        };
+        let conv = Conv2d {
+            stride: rng.random_range(1..3),
+            groups: match (layer, depthwise) {
+                (0, _) => 1,
+                (_, true) => channels,
+                (_, false) => groups,
+            },
+            bias: rng.random(),
+            padding: match rng.random_range(0..3) {
+                0 => Padding::Same,
+                1 => Padding::Symmetric(kernel / 2),
+                _ => Padding::Symmetric(rng.random_range(0..kernel)),
+            },
+            ..Conv2d::new(channels, outputs, kernel)
+        };
+        // Winograd's tiles.
+        let conv = match rng.random_range(0..4) {
+            0 if layer > 0 && channels % 16 == 0 && channels >= 32 => Conv2d::new(channels, 48, 3),
+            _ => conv,
+        };
+        channels = conv.out_channels;
+        let name = |part: &str| format!("{layer}.{part}");
+        x = if rng.random() {
+            // A bias that a norm takes away again has a gradient of nothing but rounding.
+            let conv = Conv2d {
+                bias: false,
+                ..conv
+            };
+            b.conv_norm(name("conv"), name("norm"), conv, Norm::PYTORCH, x)
+        } else {
+            b.conv(name("conv"), conv, x)
+        };
+        if rng.random() {
+            x = b.activation(name("act"), activation(rng), x);
+        }
+        match rng.random_range(0..7) {
+            0 => {
+                let pool = Pool2d {
+                    kernel: 3,
+                    stride: rng.random_range(1..3),
+                    padding: rng.random_range(0..2),
+                };
+                let max: bool = rng.random();
+                let op = if max {
+                    Op::MaxPool(pool)
+                } else {
+                    Op::AvgPool(pool)
+                };
+                x = b.add(name("pool"), op, &[x]);
+            }
+            1 => {
+                let conv = Conv2d::new(channels, channels, 3);
+                let y = b.conv_norm(name("c"), name("n"), conv, Norm::PYTORCH, x);
+                x = b.add(name("sum"), Op::Add, &[x, y]);
+            }
+            2 => {
+                let gate = b.add(name("mean"), Op::GlobalAvgPool, &[x]);
+                let gate = b.conv(name("fc"), Conv2d::new(channels, channels, 1).bias(), gate);
+                let gate = b.activation(name("gate"), Activation::HardSigmoid, gate);
+                x = b.add(name("scale"), Op::Multiply, &[x, gate]);
+            }
+            3 => {
+                let half = channels / 2;
+                let slice = |start, length| Op::Slice { start, length };
+                let left = b.add(name("left"), slice(0, half), &[x]);
+                let right = b.add(name("right"), slice(half, half), &[x]);
+                let right = b.conv_norm(
+                    name("c"),
+                    name("n"),
+                    Conv2d::new(half, half, 1),
+                    Norm::PYTORCH,
+                    right,
+                );
+                let both = b.add(name("both"), Op::Concat, &[left, right]);
+                x = b.add(name("shuffle"), Op::ChannelShuffle { groups: 2 }, &[both]);
+            }
+            4 => x = b.add(name("shuffle"), Op::ChannelShuffle { groups: 4 }, &[x]),
+            _ => {}
         }
     }
-    for (label, t) in by {
-        println!("  {label:32} {t:8.1}");
-    }
+    // Else a norm and a mean would leave no gradient.
+    x = b.activation("act", Activation::HardSwish, x);
+    x = b.add("pool", Op::GlobalAvgPool, &[x]);
+    x = b.add("flatten", Op::Flatten, &[x]);
+    b.linear("head", channels, 7, x);
+    b.finish()
 }

@@ -1,6 +1,6 @@
 //! The values of a training step: where they lie, and how steps read and write them.
 
-use crate::exec::cpu::pool::Pool;
+use crate::exec::cpu::Pool;
 use crate::graph::Activation;
 use crate::kernels::rowwise::{self, Affine, NormGradient};
 use crate::kernels::{Border, Dims, Isa, Layout};
