@@ -296,7 +296,7 @@ pub(super) fn dropout(x: &Tensor, p: f64, rng: &mut ChaCha8Rng) -> Result<Tensor
         if kept { (1.0 / keep) as f32 } else { 0.0 }
     };
     let mask: Vec<f32> = (0..x.elem_count()).map(scale).collect();
-    x * Tensor::from_vec(mask, x.shape(), x.device())?
+    x * Tensor::from_vec(mask, x.shape(), x.device())?.to_dtype(x.dtype())?
 }
 
 fn four(parameters: &[Tensor]) -> [&Tensor; 4] {

@@ -4,8 +4,8 @@ use candle_core::{Result, Tensor, Var, bail};
 use candle_nn::var_builder::VarBuilder;
 use rand_chacha::ChaCha8Rng;
 
-use super::eager::{self, Eager, Mode, Training};
 use super::cpu::Options;
+use super::eager::{self, Eager, Mode, Training};
 use super::params::fetch;
 use super::train::PlanStep;
 use crate::graph::{Graph, Op};
