@@ -1,12 +1,13 @@
 //! sconce classifies images from a terminal, with networks that candle holds and our own plans run.
 //!
 //! The rooms, each of which uses only those below it: [`cli`], [`report`], [`data`], [`weights`],
-//! [`models`], [`exec`], [`kernels`], [`graph`].
+//! [`hub`], [`models`], [`exec`], [`kernels`], [`graph`].
 
 pub mod cli;
 pub mod data;
 pub mod exec;
 pub mod graph;
+pub mod hub;
 pub mod kernels;
 pub mod models;
 pub mod report;

@@ -13,6 +13,7 @@ fn model(name: &str, weights: WeightsChoice) -> Model {
         weights,
         labels: None,
         seed: 3,
+        hub: sconce::hub::Hub::new().offline(),
     })
     .unwrap()
 }

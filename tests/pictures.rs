@@ -132,6 +132,7 @@ fn logits(name: &str, network: &str, weights: WeightsChoice) -> Vec<f32> {
         weights,
         labels: None,
         seed: 0,
+        hub: sconce::hub::Hub::new().offline(),
     };
     let model = resolve(&request).unwrap();
     let bytes = std::fs::read(repository("assets").join(name)).unwrap();

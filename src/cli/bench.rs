@@ -58,6 +58,11 @@ const WARM_UP: usize = 3;
 
 pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     let request = global.request();
+    // Speed needs no download.
+    let request = Request {
+        hub: request.hub.clone().offline(),
+        ..request
+    };
     let model = match resolve(&request) {
         // Speed does not depend on the weights' values: random ones serve.
         Err(ModelError::NotHere { .. } | ModelError::Unpublished { .. }) => resolve(&Request {

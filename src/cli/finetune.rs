@@ -15,6 +15,7 @@ use toml::Table;
 use super::{DEFAULT_MODEL, Global, Outcome, ReportFormat, complain};
 use crate::data::Dataset;
 use crate::exec::params::{LoadReport, TensorSource};
+use crate::hub::Hub;
 use crate::models::Preprocessing;
 use crate::train::{
     BatchReport, CHECKPOINT_FILE, CONFIG_FILE, End, EpochReport, Event, MODEL_FILE, Run, Settings,
@@ -285,7 +286,7 @@ fn prepare(global: &Global, arguments: &Arguments) -> anyhow::Result<Prepared> {
             ));
             (state.model.clone(), None)
         }
-        None => starting_point(&settings, &dataset, &mut notes)?,
+        None => starting_point(&settings, &dataset, global.hub(), &mut notes)?,
     };
     let settings = Settings {
         image_size: Some(model.preprocessing.crop),
@@ -491,6 +492,7 @@ type Start = (Description, Option<Arc<dyn TensorSource>>);
 fn starting_point(
     settings: &Settings,
     dataset: &Dataset,
+    hub: Hub,
     notes: &mut Vec<String>,
 ) -> anyhow::Result<Start> {
     let weights = match &settings.weights {
@@ -503,6 +505,7 @@ fn starting_point(
         weights,
         labels: None,
         seed: settings.seed,
+        hub,
     };
     let model = resolve_for_training(&request, dataset.classes.len(), settings.reset_head)?;
     match (&model.report, model.weights_from()) {

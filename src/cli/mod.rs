@@ -4,6 +4,7 @@
 mod bench;
 mod classify;
 mod completions;
+mod download;
 mod export;
 mod finetune;
 mod models;
@@ -11,12 +12,14 @@ mod models;
 use std::io::{self, IsTerminal, Write};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anstream::{AutoStream, ColorChoice};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::exec::DeviceChoice;
 use crate::exec::cpu::Options;
+use crate::hub::Hub;
 use crate::weights::{Model, Request, WeightsChoice};
 
 /// Classify images, teach networks new classes, and look at them.
@@ -32,6 +35,7 @@ use crate::weights::{Model, Request, WeightsChoice};
   sconce models                           the networks, their size and accuracy
   sconce models resnet18                  one network, layer by layer
   sconce bench -m resnet18                how fast is it here?
+  sconce download resnet50                fetch weights before they are needed
   sconce export -m resnet18 --to onnx -o resnet18.onnx"
 )]
 pub struct Cli {
@@ -47,6 +51,7 @@ enum Command {
     Finetune(Box<finetune::Arguments>),
     Models(models::Arguments),
     Bench(bench::Arguments),
+    Download(download::Arguments),
     Export(export::Arguments),
     Completions(completions::Arguments),
 }
@@ -148,6 +153,7 @@ impl Cli {
             Command::Finetune(arguments) => finetune::run(&self.global, &arguments),
             Command::Models(arguments) => models::run(&self.global, &arguments),
             Command::Bench(arguments) => bench::run(&self.global, &arguments),
+            Command::Download(arguments) => download::run(&self.global, &arguments),
             Command::Export(arguments) => export::run(&self.global, &arguments),
             Command::Completions(arguments) => completions::run(&arguments),
         }
@@ -166,7 +172,13 @@ impl Global {
             weights,
             labels: self.labels.clone(),
             seed: self.seed(),
+            hub: self.hub(),
         }
+    }
+
+    /// The way to published files, with a progress bar.
+    fn hub(&self) -> Hub {
+        Hub::new().progress(Arc::new(download::Bar::new(self.quiet)))
     }
 
     fn seed(&self) -> u64 {

@@ -5,7 +5,7 @@ use clap::Args;
 use super::{Global, Outcome, ReportFormat};
 use crate::models::registry::{self, IMAGENET_CLASSES};
 use crate::report;
-use crate::weights::ModelError;
+use crate::weights::{ModelError, cached};
 
 /// List the networks, or show one layer by layer
 #[derive(Debug, Args)]
@@ -34,7 +34,8 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
             ReportFormat::Json => writeln!(out, "{}", serde_json::to_string_pretty(&layers)?)?,
         }
     } else {
-        let models = report::list()?;
+        let hub = global.hub();
+        let models = report::list(|w| w.is_embedded() || cached(w, &hub).is_some())?;
         match arguments.format {
             ReportFormat::Text => report::write_table(&models, &mut out)?,
             ReportFormat::Json => writeln!(out, "{}", serde_json::to_string_pretty(&models)?)?,

@@ -13,7 +13,9 @@ pub fn crop_pixels(image: &Rgb, preprocessing: &Preprocessing) -> Vec<u8> {
     } = *preprocessing;
     // As torchvision's Resize: the long side is cut to a whole number of pixels.
     let scaled = |long: usize, by: usize| ((short * long) as f64 / by as f64) as usize;
-    let (width, height) = if image.width <= image.height {
+    let (width, height) = if preprocessing.squash {
+        (short, short)
+    } else if image.width <= image.height {
         (short, scaled(image.height, image.width))
     } else {
         (scaled(image.width, image.height), short)

@@ -8,6 +8,9 @@ pub struct Preprocessing {
     pub resize: usize,
     /// Height and width of the centre crop, in pixels; at most `resize`.
     pub crop: usize,
+    /// The picture is squeezed to `resize` x `resize`, whatever its shape.
+    #[serde(default)]
+    pub squash: bool,
     pub interpolation: Interpolation,
     /// Per channel, of values in [0, 1].
     pub mean: [f32; 3],
@@ -33,6 +36,7 @@ impl Preprocessing {
         Self {
             resize,
             crop,
+            squash: false,
             interpolation: Interpolation::Bilinear,
             mean: IMAGENET_MEAN,
             std: IMAGENET_STD,
@@ -44,6 +48,7 @@ impl Preprocessing {
         Self {
             resize: (crop as f64 / crop_pct) as usize,
             crop,
+            squash: false,
             interpolation,
             mean: IMAGENET_MEAN,
             std: IMAGENET_STD,

@@ -6,8 +6,8 @@ use anstyle::Style;
 use serde::Serialize;
 
 use crate::graph::{Graph, GraphError};
-use crate::models::Source;
 use crate::models::registry::{self, DEFAULT_PREPROCESSING, IMAGENET_CLASSES};
+use crate::models::{Pretrained, Source};
 
 /// One network as `sconce models --format json` lists it.
 #[derive(Clone, Debug, Serialize)]
@@ -33,11 +33,11 @@ pub struct ListedWeights {
     pub cached: bool,
 }
 
-/// Every network of the registry.
+/// Every network of the registry; `is_here` says of which weights this machine has.
 ///
 /// # Errors
 /// Where a network does not take images of its own input size.
-pub fn list() -> Result<Vec<ListedModel>, GraphError> {
+pub fn list(is_here: impl Fn(&Pretrained) -> bool) -> Result<Vec<ListedModel>, GraphError> {
     let listed = registry::all().iter().map(|row| {
         let preprocessing = row.weights.first().map(|w| w.preprocessing);
         let crop = preprocessing.unwrap_or(DEFAULT_PREPROCESSING).crop;
@@ -54,7 +54,7 @@ pub fn list() -> Result<Vec<ListedModel>, GraphError> {
                 Source::Hub { repo } => format!("hub:{repo}"),
             },
             top1: w.top1,
-            cached: w.is_embedded(),
+            cached: is_here(w),
         });
         Ok(ListedModel {
             name: row.name,
@@ -94,6 +94,7 @@ pub fn write_table(models: &[ListedModel], out: &mut impl Write) -> io::Result<(
             .iter()
             .map(|w| match w.source.as_str() {
                 "embedded" => format!("{} (embedded)", w.tag),
+                _ if w.cached => format!("{} (here)", w.tag),
                 _ => w.tag.to_string(),
             })
             .collect();

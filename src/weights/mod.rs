@@ -20,12 +20,14 @@
 //! ```no_run
 //! # use sconce::weights::{resolve_for_training, Request, WeightsChoice};
 //! # use sconce::exec::params::Params;
+//! # use sconce::hub::Hub;
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let request = Request {
 //!     model: "resnet34".into(),
 //!     weights: WeightsChoice::File("resNet34.pth".into()),
 //!     labels: None,
 //!     seed: 0,
+//!     hub: Hub::new(),
 //! };
 //! let model = resolve_for_training(&request, 5, false)?;
 //! let params = Params::trainable(model.source.clone(), request.seed);
@@ -37,20 +39,26 @@
 //! [`LoadReport`]: crate::exec::params::LoadReport
 //! [`Params`]: crate::exec::params::Params
 
+mod config;
 mod dialects;
 mod export;
 mod fit;
+mod folder;
 mod formats;
 mod labels;
 mod model_file;
 mod resolve;
 mod write;
 
+pub use config::{Configuration, configuration};
 pub use dialects::Dialect;
 pub use export::{DType, ExportError};
 pub use fit::{FitError, Fitted, Head, closest, fit};
 pub use formats::{Checkpoint, WeightsError};
 pub use labels::{LabelsError, imagenet_labels, read_labels};
 pub use model_file::{Description, FORMAT_VERSION};
-pub use resolve::{Model, ModelError, Request, WeightsChoice, resolve, resolve_for_training};
+pub use resolve::{
+    Model, ModelError, Request, WeightsChoice, cached, fetch, fetch_repository, resolve,
+    resolve_for_training,
+};
 pub use write::{write_tensors, write_whole};

@@ -6,11 +6,13 @@ use std::sync::Arc;
 use candle_core::Device;
 
 use super::fit::{self, FitError, Fitted, Head};
+use super::folder::{Folder, Found, WEIGHTS};
 use super::{Checkpoint, Description, LabelsError, WeightsError, imagenet_labels, read_labels};
 use crate::exec::Runner;
 use crate::exec::cpu::{Options, PlanError};
 use crate::exec::params::{LoadReport, Params, TensorSource};
 use crate::graph::Graph;
+use crate::hub::{Hub, HubError, Repository};
 use crate::models::registry::{self, IMAGENET_CLASSES, UnknownModel};
 use crate::models::{Architecture, Preprocessing, Pretrained, Source};
 
@@ -22,6 +24,8 @@ pub struct Request {
     pub weights: WeightsChoice,
     pub labels: Option<PathBuf>,
     pub seed: u64,
+    /// Where published weights come from.
+    pub hub: Hub,
 }
 
 /// `--weights`.
@@ -80,9 +84,15 @@ pub enum ModelError {
         family: &'static str,
     },
     #[error(
-        "-m {name}: its weights are not on this machine (get {from} as safetensors and give it with --weights FILE)"
+        "-m {name}: its weights are not on this machine, and HF_HUB_OFFLINE is set (fetch them where there is a network: sconce download {name})"
     )]
-    NotHere { name: String, from: String },
+    NotHere { name: String },
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    #[error("{folder}: no weights there (looked for {tried})")]
+    NoWeights { folder: String, tried: String },
+    #[error("{folder}: {reason}")]
+    Configuration { folder: String, reason: String },
     #[error("-m {name}: no weights have been published for it (give some with --weights FILE)")]
     Unpublished { name: String },
     #[error("{file} does not fit {name}: {reason}")]
@@ -141,7 +151,16 @@ pub fn resolve_for_training(
 }
 
 fn find(request: &Request, head: Head) -> Result<Model, ModelError> {
-    if is_file(&request.model) {
+    if let Some(repository) = request.model.strip_prefix("hub:") {
+        let folder = Folder::Hub {
+            hub: &request.hub,
+            repository: Repository::parse(repository)?,
+            update: false,
+        };
+        from_folder(request, &folder, head)
+    } else if Path::new(&request.model).join("config.json").is_file() {
+        from_folder(request, &Folder::Local(Path::new(&request.model)), head)
+    } else if is_file(&request.model) {
         from_model_file(request, head)
     } else {
         from_registry(request, head)
@@ -183,6 +202,41 @@ fn from_model_file(request: &Request, head: Head) -> Result<Model, ModelError> {
     )
 }
 
+/// A repository or a folder as timm and transformers write them; or one with a model file of ours.
+fn from_folder(request: &Request, folder: &Folder, head: Head) -> Result<Model, ModelError> {
+    let Found {
+        configuration,
+        weights,
+    } = folder.find()?;
+    let Some(configuration) = configuration else {
+        let model = weights.display().to_string();
+        let request = Request {
+            model,
+            ..request.clone()
+        };
+        return from_model_file(&request, head);
+    };
+    let (file, from) = match &request.weights {
+        WeightsChoice::Published => (Some(Checkpoint::open(&weights)?), folder.name()),
+        WeightsChoice::None => (None, String::new()),
+        WeightsChoice::File(path) => (Some(Checkpoint::open(path)?), path.display().to_string()),
+    };
+    let name = match folder {
+        Folder::Hub { .. } => folder.name(),
+        Folder::Local(_) => configuration.name.clone(),
+    };
+    let choice = (name, configuration.architecture);
+    let mut model = build(choice, None, file.zip(Some(from)), head, request.seed)?;
+    // The configuration knows better than the names in the file what epsilons there are.
+    model.set_epsilons(&configuration.architecture);
+    model.preprocessing = configuration.preprocessing;
+    model.labels = configuration.labels;
+    if model.labels.is_empty() {
+        model.labels = default_labels(model.graph.num_classes());
+    }
+    Ok(model)
+}
+
 fn from_registry(request: &Request, head: Head) -> Result<Model, ModelError> {
     let choice = registry::find(&request.model).map_err(ModelError::Unknown)?;
     let name = choice.name();
@@ -193,7 +247,8 @@ fn from_registry(request: &Request, head: Head) -> Result<Model, ModelError> {
             let Some(weights) = choice.weights else {
                 return Err(ModelError::Unpublished { name });
             };
-            (Some(published(&name, weights)?), Some(name.clone()), None)
+            let file = published(&name, weights, &request.hub)?;
+            (Some(file), Some(name.clone()), None)
         }
         WeightsChoice::File(path) => {
             let file = Checkpoint::open(path)?;
@@ -220,15 +275,7 @@ fn from_registry(request: &Request, head: Head) -> Result<Model, ModelError> {
     )?;
     if model.labels.is_empty() {
         model.preprocessing = choice.preprocessing();
-        model.labels = match model.graph.num_classes() {
-            IMAGENET_CLASSES => imagenet_labels(),
-            // TensorFlow's networks put a class for everything else before ImageNet's.
-            1001 => ["background".into()]
-                .into_iter()
-                .chain(imagenet_labels())
-                .collect(),
-            classes => (0..classes).map(|i| format!("class {i}")).collect(),
-        };
+        model.labels = default_labels(model.graph.num_classes());
     }
     Ok(model)
 }
@@ -243,21 +290,74 @@ fn describe_file(file: &Checkpoint, path: &Path) -> Result<Option<Description>, 
     file.description().map(parse).transpose()
 }
 
-/// The weights that a registry row stands for, where this machine has them.
-fn published(name: &str, weights: &Pretrained) -> Result<Checkpoint, ModelError> {
+/// What classes are called where nobody says it.
+fn default_labels(classes: usize) -> Vec<String> {
+    match classes {
+        IMAGENET_CLASSES => imagenet_labels(),
+        // TensorFlow's networks put a class for everything else before ImageNet's.
+        1001 => ["background".into()]
+            .into_iter()
+            .chain(imagenet_labels())
+            .collect(),
+        classes => (0..classes).map(|i| format!("class {i}")).collect(),
+    }
+}
+
+/// The weights that a registry row stands for: the binary's own, else this machine's, else they
+/// are fetched.
+fn published(name: &str, weights: &Pretrained, hub: &Hub) -> Result<Checkpoint, ModelError> {
     #[cfg(feature = "embedded")]
     if weights.is_embedded() {
         static BYTES: &[u8] = include_bytes!("../../weights/mobilenet_v2.safetensors");
         return Ok(Checkpoint::from_static(BYTES)?);
     }
-    let from = match weights.source {
-        Source::Torchvision { file, .. } => format!("torchvision's {file}"),
-        Source::Hub { repo } => format!("hub:{repo}"),
+    let path = match cached(weights, hub) {
+        Some(path) => path,
+        None if hub.is_offline() => {
+            return Err(ModelError::NotHere { name: name.into() });
+        }
+        None => {
+            hub.note(&format!("{name}: fetching its weights, once"));
+            fetch(weights, hub)?
+        }
     };
-    Err(ModelError::NotHere {
-        name: name.to_string(),
-        from,
-    })
+    Ok(Checkpoint::open(&path)?)
+}
+
+/// The file of published weights, where this machine has it.
+pub fn cached(weights: &Pretrained, hub: &Hub) -> Option<PathBuf> {
+    match weights.source {
+        Source::Torchvision { file, .. } => hub.cached_url(&hub.torchvision_url(file)),
+        Source::Hub { repo } => {
+            let repository = Repository::parse(repo).ok()?;
+            let names = WEIGHTS.iter().filter(|name| !name.ends_with(".json"));
+            names.clone().find_map(|name| hub.cached(&repository, name))
+        }
+    }
+}
+
+/// Fetches published weights, or makes sure that the newest are here; gives the file's path.
+///
+/// # Errors
+/// Where they cannot be had.
+pub fn fetch(weights: &Pretrained, hub: &Hub) -> Result<PathBuf, ModelError> {
+    match weights.source {
+        Source::Torchvision { file, .. } => Ok(hub.fetch_url(&hub.torchvision_url(file))?),
+        Source::Hub { repo } => fetch_repository(&Repository::parse(repo)?, hub),
+    }
+}
+
+/// Fetches a repository's weights and what describes them; gives the path of the weights.
+///
+/// # Errors
+/// Where they cannot be had, or it is not a network's repository.
+pub fn fetch_repository(repository: &Repository, hub: &Hub) -> Result<PathBuf, ModelError> {
+    let folder = Folder::Hub {
+        hub,
+        repository: repository.clone(),
+        update: true,
+    };
+    folder.fetch()
 }
 
 /// Labels and preprocessing are the description's; without one, labels stay empty.
@@ -313,6 +413,17 @@ fn build(
 }
 
 impl Model {
+    /// Takes over what the names in a file cannot tell: the epsilon of layer norms.
+    fn set_epsilons(&mut self, configured: &Architecture) {
+        if let (Architecture::VisionTransformer(held), Architecture::VisionTransformer(said)) =
+            (&mut self.architecture, configured)
+            && held.layer_norm_eps != said.layer_norm_eps
+        {
+            held.layer_norm_eps = said.layer_norm_eps;
+            self.graph = self.architecture.graph(self.graph.num_classes());
+        }
+    }
+
     /// Where the weights came from, None where they are random.
     pub fn weights_from(&self) -> Option<&str> {
         self.weights_from.as_deref()

@@ -15,6 +15,8 @@ mod vision_transformer;
 use std::collections::HashMap;
 use std::fmt;
 
+pub use vision_transformer::TRANSFORMERS_EPS;
+
 use crate::models::Architecture;
 
 /// Whose names.

@@ -49,6 +49,7 @@ pub struct Checkpoint {
 enum Bytes {
     Mapped(Mmap),
     Static(&'static [u8]),
+    Owned(Vec<u8>),
 }
 
 /// Where a tensor's values are.
@@ -90,6 +91,18 @@ impl Checkpoint {
     pub fn from_static(bytes: &'static [u8]) -> Result<Self, WeightsError> {
         Self::parse(Bytes::Static(bytes)).map_err(|reason| WeightsError::Format {
             path: "embedded weights".into(),
+            reason,
+        })
+    }
+
+    /// Reads tensors that somebody else has brought into memory; an index of several files is no
+    /// such thing.
+    ///
+    /// # Errors
+    /// Where the bytes are not well-formed.
+    pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, WeightsError> {
+        Self::parse(Bytes::Owned(bytes)).map_err(|reason| WeightsError::Format {
+            path: "weights in memory".into(),
             reason,
         })
     }
@@ -183,6 +196,7 @@ impl Bytes {
         match self {
             Bytes::Mapped(map) => map,
             Bytes::Static(bytes) => bytes,
+            Bytes::Owned(bytes) => bytes,
         }
     }
 }
