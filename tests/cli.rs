@@ -19,6 +19,7 @@ use tempfile::TempDir;
 fn sconce() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sconce"));
     command.current_dir(repository("")).env_remove("NO_COLOR");
+    command.env("HF_HUB_OFFLINE", "1");
     command
 }
 
@@ -416,7 +417,7 @@ fn misuse_is_one_clear_error() {
             "expected auto, cpu, cuda, cuda:N or metal",
         ),
         (&["--model", "resnet19"], "there is resnet18"),
-        (&["--model", "resnet18"], "--weights FILE"),
+        (&["--model", "resnet18"], "sconce download resnet18.tv"),
         (&["--model", "resnet18.v9"], "has no weights tagged v9"),
         (
             &[

@@ -25,7 +25,8 @@ torch.hub does (TORCH_HOME). HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and the varia
 heeded; SCONCE_TORCH_ENDPOINT names a mirror of download.pytorch.org/models. A download that was cut
 goes on where it ended.")]
 pub struct Arguments {
-    /// Networks (NAME or NAME.TAG), hub:OWNER/NAME[@REVISION], or addresses of files
+    /// Networks (NAME or NAME.TAG), hub repositories (hub:OWNER/NAME, hub:OWNER/NAME@REVISION),
+    /// or addresses of files
     #[arg(value_name = "NAME", required_unless_present = "list")]
     names: Vec<String>,
     /// Keep files that are not the hub's below this folder instead of TORCH_HOME

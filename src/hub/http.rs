@@ -151,6 +151,10 @@ impl Http {
                 Err(error) if error.is_builder() => {
                     return Err(HubError::Address(what.into()));
                 }
+                // Nobody is there: that seldom passes in seconds.
+                Err(error) if error.is_connect() && tries > 0 => {
+                    return Err(connection(what, &error));
+                }
                 Err(error) => {
                     let failure = connection(what, &error);
                     (root_cause(&error), None, failure)
