@@ -48,9 +48,10 @@ static ALLOCATOR: Counting = Counting;
 /// One reader at a time: allocations are counted for the whole process.
 static ALONE: Mutex<()> = Mutex::new(());
 
-/// Bytes of memory for each byte of the file, and some for any file.
+/// Bytes of memory for each byte of the file, and some for any file: a pickle may make an object
+/// of every byte, and the smallest may make some ten thousand.
 const MEMORY_PER_BYTE: usize = 64;
-const MEMORY: usize = 1 << 20;
+const MEMORY: usize = 8 << 20;
 
 type Reader = fn(&[u8]);
 
@@ -270,13 +271,14 @@ fn run(reader: Reader, bytes: &[u8]) -> Result<(), String> {
 }
 
 fn fuzz(name: &str, reader: Reader, seeds: &[Vec<u8>], enough: impl Fn(u64) -> bool) -> u64 {
+    let first: u64 = std::env::var("SCONCE_FUZZ_SEED").map_or(0, |s| s.parse().unwrap());
     let mut count = 0;
     while !enough(count) {
-        let mut rng = ChaCha8Rng::seed_from_u64(count);
+        let mut rng = ChaCha8Rng::seed_from_u64(first + count);
         let mut bytes = seeds[rng.random_range(0..seeds.len())].clone();
         mutate(&mut bytes, seeds, &mut rng);
         if let Err(problem) = run(reader, &bytes) {
-            let file = std::env::temp_dir().join(format!("fuzz-{name}-{count}"));
+            let file = std::env::temp_dir().join(format!("fuzz-{name}-{}", first + count));
             std::fs::write(&file, &bytes).unwrap();
             panic!(
                 "{name} {problem}: see {}, and keep it in tests/golden/fuzz",
