@@ -211,10 +211,14 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     watcher.bar.finish_and_clear();
     match end? {
         End::Interrupted { epoch } => {
-            watcher.say(&format!(
-                "interrupted after {epoch} epochs; all is saved (go on with: sconce finetune -o {} --resume)",
-                out.display()
-            ));
+            watcher.say(&if out.join(CHECKPOINT_FILE).exists() {
+                format!(
+                    "interrupted after {epoch} epochs; all is saved (go on with: sconce finetune -o {} --resume)",
+                    out.display()
+                )
+            } else {
+                "interrupted before anything was learned".to_string()
+            });
             Ok(Outcome::Interrupted)
         }
         End::Finished(summary) => {

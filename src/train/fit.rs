@@ -196,8 +196,12 @@ impl Run {
         state: Option<&State>,
         observe: &mut dyn FnMut(Event),
     ) -> Result<End, TrainError> {
-        let (fitting, source) = Fitting::start(self, state, observe)?;
-        fitting.run(source, observe)
+        match Fitting::start(self, state, observe)? {
+            Some((fitting, source)) => fitting.run(source, observe),
+            None => Ok(End::Interrupted {
+                epoch: state.map_or(0, |s| s.progress.epoch),
+            }),
+        }
     }
 
     /// Everything of the data that decides what is learned.
@@ -268,11 +272,12 @@ struct Fitting {
 }
 
 impl Fitting {
+    /// None where it was asked to stop meanwhile.
     fn start(
         run: Run,
         state: Option<&State>,
         observe: &mut dyn FnMut(Event),
-    ) -> Result<(Self, Source), TrainError> {
+    ) -> Result<Option<(Self, Source)>, TrainError> {
         let began = Instant::now();
         let settings = &run.settings;
         let graph = run.model.architecture.graph(run.model.labels.len());
@@ -324,12 +329,21 @@ impl Fitting {
                         }
                         let done = before + done;
                         observe(Event::Features { done, total });
+                        !run.stop.load(Ordering::Relaxed)
                     });
                 before += plan.samples.len();
                 features
             };
-            let features = reused.then(|| compute(&plain[0])).transpose()?;
-            let validation = compute(&plain[1])?;
+            let mut features = None;
+            if reused {
+                match compute(&plain[0])? {
+                    Some(all) => features = Some(all),
+                    None => return Ok(None),
+                }
+            }
+            let Some(validation) = compute(&plain[1])? else {
+                return Ok(None);
+            };
             let plan = run.batch_plan(&run.dataset.train, settings.augment);
             let source = Source::behind(runner, features, plan, &run.device);
             (step, source, Validation::Features(validation))
@@ -392,7 +406,7 @@ impl Fitting {
             best_evaluation: None,
             run,
         };
-        Ok((fitting, source))
+        Ok(Some((fitting, source)))
     }
 
     /// Of all processes that worked on the run.
@@ -416,7 +430,12 @@ impl Fitting {
                     });
                 }
             };
-            let evaluation = self.validate(observe)?;
+            let Some(evaluation) = self.validate(observe)? else {
+                self.save()?;
+                return Ok(End::Interrupted {
+                    epoch: self.progress.epoch,
+                });
+            };
             if !evaluation.loss().is_finite() {
                 let batch = self.progress.batch;
                 return Err(self.diverged("validation loss", evaluation.loss(), batch, rate));
@@ -653,7 +672,11 @@ impl Fitting {
         weights
     }
 
-    fn validate(&mut self, observe: &mut dyn FnMut(Event)) -> Result<Evaluation, TrainError> {
+    /// None where it was asked to stop: the training before it is saved.
+    fn validate(
+        &mut self,
+        observe: &mut dyn FnMut(Event),
+    ) -> Result<Option<Evaluation>, TrainError> {
         let mut evaluation = Evaluation::new(self.run.dataset.classes.len());
         let size = [self.run.model.preprocessing.crop; 2];
         let mut unread = None;
@@ -677,6 +700,9 @@ impl Fitting {
                     error,
                 })?;
                 for batch in batches {
+                    if self.run.stop.load(Ordering::Relaxed) {
+                        return Ok(None);
+                    }
                     for image in batch.skipped {
                         if self.named.insert(image.name.clone()) {
                             observe(Event::Skipped(&image));
@@ -694,7 +720,7 @@ impl Fitting {
             let Skipped { name, reason } = unread.unwrap_or_else(nothing_skipped);
             return Err(TrainError::NothingValidated { name, reason });
         }
-        Ok(evaluation)
+        Ok(Some(evaluation))
     }
 
     /// Writes what the epoch gave: the model where it is the best, the line of metrics, and last

@@ -36,13 +36,14 @@ pub(super) struct Features {
 }
 
 impl Features {
-    /// Computes the features of every sample; `done` hears of the progress.
+    /// Computes the features of every sample; `done` hears of the progress. None where it says
+    /// that this is enough.
     pub fn compute(
         runner: &mut Runner,
         plan: &BatchPlan,
         device: &Device,
-        done: &mut dyn FnMut(usize, &[Skipped]),
-    ) -> Result<Self> {
+        done: &mut dyn FnMut(usize, &[Skipped]) -> bool,
+    ) -> Result<Option<Self>> {
         let mut values: Vec<f32> = Vec::new();
         let mut rows = vec![None; plan.samples.len()];
         let mut labels = Vec::new();
@@ -56,14 +57,16 @@ impl Features {
                 values.extend(runner.run(&batch.pixels, batch.labels.len())?);
             }
             seen += batch.labels.len() + batch.skipped.len();
-            done(seen, &batch.skipped);
+            if !done(seen, &batch.skipped) {
+                return Ok(None);
+            }
         }
         let width = values.len().checked_div(labels.len()).unwrap_or(0);
-        Ok(Self {
+        Ok(Some(Self {
             tensor: Tensor::from_vec(values, (labels.len(), width), device)?,
             rows,
             labels,
-        })
+        }))
     }
 }
 
