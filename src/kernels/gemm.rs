@@ -84,9 +84,9 @@ impl Packed {
         }
     }
 
-    /// The weights of a convolution, `[outputs, inputs, area]` as PyTorch has them, as rows of
-    /// `[area, inputs]`, in the place of the old values.
-    pub fn set_convolution(&mut self, weight: &[f32], area: usize) {
+    /// Rows `first..` of a convolution's weights in the place of the old values. The weights are
+    /// `[outputs, inputs, area]` as PyTorch has them, their rows `[area, inputs]`.
+    pub fn set_convolution(&mut self, weight: &[f32], [inputs, area]: [usize; 2], first: usize) {
         // Of an output at a time: lines that are read, and lines that are written, stay in the
         // cache.
         const BLOCK: usize = 64;
@@ -95,21 +95,21 @@ impl Packed {
         };
         let lanes = self.isa.lanes();
         let depth = self.depth;
-        let inputs = depth / area;
         for panel in &self.panels {
             let width = panel.vectors * lanes;
             let to = &mut values[panel.offset..][..depth * width];
             for start in (0..depth).step_by(BLOCK) {
-                let block = start..(start + BLOCK).min(depth);
+                let end = (start + BLOCK).min(depth);
                 for column in 0..panel.columns {
-                    let from = &weight[(panel.start + column) * depth..][block.clone()];
+                    let from = &weight[(panel.start + column) * inputs * area..][..inputs * area];
+                    let rows = to[start * width..end * width].chunks_exact_mut(width);
                     if area == 1 {
-                        let rows = to[start * width..].chunks_exact_mut(width);
+                        let from = &from[first + start..];
                         rows.zip(from).for_each(|(row, &v)| row[column] = v);
                         continue;
                     }
-                    for (at, &value) in block.clone().zip(from) {
-                        to[(at % area * inputs + at / area) * width + column] = value;
+                    for (row, at) in rows.zip(first + start..) {
+                        row[column] = from[at % inputs * area + at / inputs];
                     }
                 }
             }
@@ -230,6 +230,13 @@ impl Rows {
         self.inputs.clear();
         self.outputs.clear();
         self.residuals.clear();
+    }
+
+    /// Makes the product one that is added to what the outputs hold.
+    pub fn add_to_outputs(&mut self) {
+        self.residuals.clear();
+        let outputs = self.outputs.iter().map(|output| output.cast_const());
+        self.residuals.extend(outputs);
     }
 
     /// Adds a row.

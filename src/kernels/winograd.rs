@@ -3,7 +3,7 @@
 //! A tile of T x T input pixels (T = 6 or 4) gives (T - 2) x (T - 2) output pixels with T² instead
 //! of 9·(T - 2)² products a channel pair. Input tiles are transformed, multiplied with transformed
 //! weights in T² independent matrix products (one a frequency), and transformed back. The digits
-//! differ from a direct sum's: relative to the largest output by about 7e-6 for T = 6, 1e-6 for 4.
+//! differ from a direct sum's: relative to the largest output by about 3e-6 for T = 6, 1e-6 for 4.
 
 #![allow(clippy::needless_range_loop)] // small matrices, walked by rows and by columns
 
@@ -228,15 +228,28 @@ fn place(conv: &Winograd, output: Dims, tile: usize) -> [usize; 3] {
     [image, rest / columns * step, rest % columns * step]
 }
 
+/// Tiles of six evaluate polynomials at 0, ±A, ±B and infinity. The textbook's ±1 and ±2 lose more
+/// than twice as many digits: 3.1e-6 of the outputs' norm for 256 channels, against 1.4e-6. These
+/// and their products are exact in float32.
+pub(super) const A: f32 = 0.625;
+pub(super) const B: f32 = 1.5;
+pub(super) const AA: f32 = A * A;
+pub(super) const BB: f32 = B * B;
+
 /// The weights' transform G, T x 3.
 pub(super) fn kernel_transform(tile: usize) -> Vec<[f64; 3]> {
     if tile == 6 {
+        let (a, b) = (f64::from(A), f64::from(B));
+        let row = |point: f64, other: f64| {
+            let scale = 1.0 / (2.0 * point * point * (point * point - other * other));
+            [scale, point * scale, point * point * scale]
+        };
         vec![
-            [1.0 / 4.0, 0.0, 0.0],
-            [-1.0 / 6.0, -1.0 / 6.0, -1.0 / 6.0],
-            [-1.0 / 6.0, 1.0 / 6.0, -1.0 / 6.0],
-            [1.0 / 24.0, 1.0 / 12.0, 1.0 / 6.0],
-            [1.0 / 24.0, -1.0 / 12.0, 1.0 / 6.0],
+            [1.0 / (a * a * b * b), 0.0, 0.0],
+            row(a, b),
+            row(-a, b),
+            row(b, a),
+            row(-b, a),
             [0.0, 0.0, 1.0],
         ]
     } else {
@@ -321,16 +334,14 @@ pub(super) fn input_transform<S: Simd, const T: usize>(simd: S, d: [S::f32s; T])
     let fma = |a, scale: f32, b| simd.mul_add_e_f32s(a, simd.splat_f32s(scale), b);
     let mut out = d;
     if T == 6 {
-        let even = fma(d[2], -4.0, d[4]);
-        let odd = fma(d[1], -4.0, d[3]);
-        let difference = sub(d[4], d[2]);
-        let double = simd.mul_f32s(sub(d[3], d[1]), simd.splat_f32s(2.0));
-        out[0] = fma(d[0], 4.0, fma(d[2], -5.0, d[4]));
-        out[1] = add(even, odd);
-        out[2] = sub(even, odd);
-        out[3] = add(difference, double);
-        out[4] = sub(difference, double);
-        out[5] = fma(d[1], 4.0, fma(d[3], -5.0, d[5]));
+        let (even_a, odd_a) = (fma(d[2], -BB, d[4]), fma(d[1], -BB, d[3]));
+        let (even_b, odd_b) = (fma(d[2], -AA, d[4]), fma(d[1], -AA, d[3]));
+        out[0] = fma(d[0], AA * BB, fma(d[2], -(AA + BB), d[4]));
+        out[1] = fma(odd_a, A, even_a);
+        out[2] = fma(odd_a, -A, even_a);
+        out[3] = fma(odd_b, B, even_b);
+        out[4] = fma(odd_b, -B, even_b);
+        out[5] = fma(d[1], AA * BB, fma(d[3], -(AA + BB), d[5]));
     } else {
         out[0] = sub(d[0], d[2]);
         out[1] = add(d[1], d[2]);
@@ -425,10 +436,11 @@ pub(super) fn output_transform<S: Simd, const T: usize>(simd: S, m: [S::f32s; T]
     let (sum, difference) = (add(m[1], m[2]), sub(m[1], m[2]));
     if T == 6 {
         let (far_sum, far_difference) = (add(m[3], m[4]), sub(m[3], m[4]));
+        let mul = |a, scale: f32| simd.mul_f32s(a, simd.splat_f32s(scale));
         out[0] = add(add(m[0], sum), far_sum);
-        out[1] = fma(far_difference, 2.0, difference);
-        out[2] = fma(far_sum, 4.0, sum);
-        out[3] = add(fma(far_difference, 8.0, difference), m[5]);
+        out[1] = fma(far_difference, B, mul(difference, A));
+        out[2] = fma(far_sum, BB, mul(sum, AA));
+        out[3] = add(fma(far_difference, B * BB, mul(difference, A * AA)), m[5]);
     } else {
         out[0] = add(m[0], sum);
         out[1] = sub(difference, m[3]);

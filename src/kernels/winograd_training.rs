@@ -12,7 +12,7 @@ use pulp::{Simd, WithSimd};
 use super::gemm::{Epilogue, Packed, Rows, gemm};
 use super::isa::{Isa, load, store};
 use super::transposed::PANEL;
-use super::winograd::{input_transform, kernel_transform, output_transform};
+use super::winograd::{A, AA, B, BB, input_transform, kernel_transform, output_transform};
 use super::{Source, Target};
 
 /// Tiles of T rows and columns, 6 or 4.
@@ -185,17 +185,19 @@ fn gradient_transform<S: Simd, const T: usize>(simd: S, y: [S::f32s; T]) -> [S::
     let add = |a, b| simd.add_f32s(a, b);
     let sub = |a, b| simd.sub_f32s(a, b);
     let times = |a, scale: f32| simd.mul_f32s(a, simd.splat_f32s(scale));
+    let fma = |a, scale: f32, b| simd.mul_add_e_f32s(a, simd.splat_f32s(scale), b);
     let mut out = y;
     if T == 6 {
-        // Rows of A: 1 0 0 0; 1 1 1 1; 1 -1 1 -1; 1 2 4 8; 1 -2 4 -8; 0 0 0 1.
-        let (even, odd) = (add(y[0], y[2]), add(y[1], y[3]));
-        let even4 = add(y[0], times(y[2], 4.0));
-        let odd8 = add(times(y[1], 2.0), times(y[3], 8.0));
+        // Rows of A: powers 0 to 3 of each point, and the last alone.
+        let even_a = fma(y[2], AA, y[0]);
+        let odd_a = fma(y[3], A * AA, times(y[1], A));
+        let even_b = fma(y[2], BB, y[0]);
+        let odd_b = fma(y[3], B * BB, times(y[1], B));
         out[0] = y[0];
-        out[1] = add(even, odd);
-        out[2] = sub(even, odd);
-        out[3] = add(even4, odd8);
-        out[4] = sub(even4, odd8);
+        out[1] = add(even_a, odd_a);
+        out[2] = sub(even_a, odd_a);
+        out[3] = add(even_b, odd_b);
+        out[4] = sub(even_b, odd_b);
         out[5] = y[3];
     } else {
         // 1 0; 1 1; 1 -1; 0 -1.

@@ -94,7 +94,7 @@ pub(super) struct Layer {
 /// Weights as the kernels read them, filled anew before each step.
 pub(super) enum Weights {
     /// A product for each group.
-    Dense(Vec<Packed>),
+    Dense(Vec<Product>),
     /// A product for each frequency of tiles of four.
     Winograd(Vec<Packed>),
     Depthwise(Depthwise),
@@ -139,7 +139,64 @@ pub(super) struct Phase {
     /// Taps down and across, those of every stride-th row and column.
     pub taps: [usize; 2],
     /// For each group: depth in the order of gradient rows, columns, outputs.
-    pub groups: Vec<Packed>,
+    pub groups: Vec<Product>,
+}
+
+/// A product whose depth is divided: a chain of a thousand additions loses more digits than the
+/// sum of four chains of a quarter, and what PyTorch's libraries do is as good.
+pub(super) struct Product {
+    /// Values behind each tap.
+    run: usize,
+    /// Where each part of the depth begins, and its weights.
+    parts: Vec<(usize, Packed)>,
+}
+
+impl Product {
+    const DEPTH: usize = 256;
+
+    fn new(isa: Isa, runs: usize, run: usize, columns: usize) -> Self {
+        let mut parts = Vec::new();
+        let mut part = |start: usize, depth: usize| {
+            parts.push((start, Packed::new(isa, depth, columns, |_, _| 0.0)));
+        };
+        if run > Self::DEPTH {
+            let pieces = run.div_ceil(Self::DEPTH);
+            for piece in 0..runs * pieces {
+                let (start, end) = (
+                    piece % pieces * run / pieces,
+                    (piece % pieces + 1) * run / pieces,
+                );
+                part(piece / pieces * run + start, end - start);
+            }
+        } else {
+            let together = (Self::DEPTH / run).max(1);
+            for first in (0..runs).step_by(together) {
+                part(first * run, together.min(runs - first) * run);
+            }
+        }
+        Self { run, parts }
+    }
+
+    /// # Safety
+    /// As [`gemm`]; the rows are those of a product that is stored.
+    unsafe fn multiply(&self, rows: &mut Rows, taps: &[usize], bias: &[f32]) {
+        for (index, (start, packed)) in self.parts.iter().enumerate() {
+            if index == 1 {
+                rows.add_to_outputs();
+            }
+            let within = [taps[start / self.run] + start % self.run];
+            let taps = match packed.depth() < self.run {
+                true => &within[..],
+                false => &taps[start / self.run..][..packed.depth() / self.run],
+            };
+            let epilogue = Epilogue {
+                bias: if index == 0 { bias } else { &[] },
+                activation: None,
+            };
+            // SAFETY: as the caller promises.
+            unsafe { gemm(packed, 0..packed.panel_count(), rows, taps, epilogue) };
+        }
+    }
 }
 
 /// A lane's sums should stay below this, in values.
@@ -329,7 +386,12 @@ impl Layer {
             conv.in_channels / conv.groups,
             conv.out_channels / conv.groups,
         );
-        let pack = |_| Packed::new(isa, kh * kw * ins, outs, |_, _| 0.0);
+        // Runs of values that follow each other behind a window's first.
+        let (runs, run) = match conv.groups {
+            1 => (kh, kw * ins),
+            _ => (kh * kw, ins),
+        };
+        let pack = |_| Product::new(isa, runs, run, outs);
         Weights::Dense((0..conv.groups).map(pack).collect())
     }
 
@@ -359,9 +421,12 @@ impl Layer {
         for y in 0..s {
             for x in 0..s {
                 let taps = [along(kh, y), along(kw, x)];
-                let depth = taps[0] * taps[1] * outs;
-                let pack = |_| Packed::new(isa, depth, ins, |_, _| 0.0);
-                let groups = if depthwise || depth == 0 {
+                let (runs, run) = match conv.groups {
+                    1 => (taps[0], taps[1] * outs),
+                    _ => (taps[0] * taps[1], outs),
+                };
+                let pack = |_| Product::new(isa, runs, run, ins);
+                let groups = if depthwise || runs * run == 0 {
                     Vec::new()
                 } else {
                     (0..conv.groups).map(pack).collect()
@@ -413,9 +478,12 @@ impl Layer {
                 }
             }
             Weights::Dense(packed) => {
-                for (group, packed) in packed.iter_mut().enumerate() {
+                for (group, product) in packed.iter_mut().enumerate() {
                     let len = outs * ins * area;
-                    packed.set_convolution(&weight[group * len..][..len], area);
+                    let weight = &weight[group * len..][..len];
+                    for (start, packed) in &mut product.parts {
+                        packed.set_convolution(weight, [ins, area], *start);
+                    }
                 }
             }
         }
@@ -444,19 +512,22 @@ impl Layer {
         for phase in phases {
             let [ty, tx] = phase.taps;
             let (py, px) = (phase.y, phase.x);
-            for (group, packed) in phase.groups.iter_mut().enumerate() {
-                if area == 1 {
-                    for o in 0..outs {
-                        packed.set_row(o, &weight[(group * outs + o) * ins..][..ins]);
+            for (group, product) in phase.groups.iter_mut().enumerate() {
+                for (start, packed) in &mut product.parts {
+                    if area == 1 {
+                        for row in 0..packed.depth() {
+                            let o = group * outs + *start + row;
+                            packed.set_row(row, &weight[o * ins..][..ins]);
+                        }
+                        continue;
                     }
-                    continue;
+                    packed.refill(|row, i| {
+                        let (tap, o) = ((*start + row) / outs, (*start + row) % outs);
+                        let (y, x) = (tap / tx, tap % tx);
+                        let (ky, kx) = (py + (ty - 1 - y) * s, px + (tx - 1 - x) * s);
+                        weight[((group * outs + o) * ins + i) * area + ky * kw + kx]
+                    });
                 }
-                packed.refill(|row, i| {
-                    let (tap, o) = (row / outs, row % outs);
-                    let (y, x) = (tap / tx, tap % tx);
-                    let (ky, kx) = (py + (ty - 1 - y) * s, px + (tx - 1 - x) * s);
-                    weight[((group * outs + o) * ins + i) * area + ky * kw + kx]
-                });
             }
         }
     }
@@ -570,17 +641,14 @@ impl Layer {
             Weights::Dense(packed) => {
                 let taps = self.taps(&input.layout);
                 let (ins, outs) = (self.input.c / groups, channels / groups);
-                for (group, packed) in packed.iter().enumerate() {
+                for (group, product) in packed.iter().enumerate() {
                     let places = [channel + group * ins, group * outs];
-                    let epilogue = Epilogue {
-                        bias: &self.bias_values[group * outs..][..outs],
-                        activation: None,
-                    };
+                    let bias = &self.bias_values[group * outs..][..outs];
                     // SAFETY: pixels of the block, windows inside the strip.
                     unsafe {
                         let rows = &mut scratch.rows;
                         rows.set_pixels(0..pixels, &window, &input, &output, None, places);
-                        gemm(packed, 0..packed.panel_count(), rows, &taps, epilogue);
+                        product.multiply(rows, &taps, bias);
                     }
                 }
             }
@@ -979,11 +1047,7 @@ impl Layer {
                 let columns = |y: usize| (0..tx).map(move |x| y * row + x * strip.dims.c);
                 (0..ty).flat_map(columns).collect()
             };
-            let nothing = Epilogue {
-                bias: &[],
-                activation: None,
-            };
-            for (group, packed) in phase.groups.iter().enumerate() {
+            for (group, product) in phase.groups.iter().enumerate() {
                 rows.clear();
                 for image in 0..block.images {
                     for y in own_rows.clone() {
@@ -999,7 +1063,7 @@ impl Layer {
                     }
                 }
                 // SAFETY: as the caller promises.
-                unsafe { gemm(packed, 0..packed.panel_count(), rows, &taps, nothing) };
+                unsafe { product.multiply(rows, &taps, &[]) };
             }
         }
     }
