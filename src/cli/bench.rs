@@ -1,25 +1,36 @@
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
+use candle_core::Tensor;
 use clap::Args;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use super::{Global, Outcome, ReportFormat, complain};
-use crate::weights::{ModelError, Request, WeightsChoice, resolve};
+use crate::exec::cpu::Plan;
+use crate::exec::params::Params;
+use crate::exec::{Runner, TrainingStep, Variables, training_step};
+use crate::train::{CrossEntropy, Group, Optimizer, Rule, Targets, Workers};
+use crate::weights::{Model, ModelError, Request, WeightsChoice, resolve};
 
-/// Time forward passes on random input
+/// Time forward passes, or training steps, on random input
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   sconce bench -m resnet50
   sconce bench -m mobilenet_v2 -b 16 -j 1 --format json
+  sconce bench -m resnet18 -b 16 --train
   sconce bench -m resnet18 -v              where the time goes, step by step")]
 pub struct Arguments {
     /// Images that go through the network together
     #[arg(short, long, value_name = "N", default_value = "1")]
     batch_size: NonZeroUsize,
+    /// Time full training steps (forward, backward, SGD with momentum) instead
+    #[arg(long)]
+    train: bool,
     /// How long to measure
     #[arg(long, value_name = "S", default_value = "3", value_parser = seconds)]
     seconds: Duration,
@@ -53,6 +64,83 @@ struct Report {
     peak_memory_mb: Option<f64>,
 }
 
+/// What is timed.
+enum Work {
+    /// The images, `[N, H, W, 3]`.
+    Forward(Box<Runner>, Vec<f32>),
+    Train(Box<Training>),
+}
+
+impl Work {
+    /// For every step of a plan the node that it belongs to, what it is, and the time spent in it.
+    fn timings(&self) -> Vec<(&str, &'static str, Duration)> {
+        match self {
+            Work::Forward(runner, _) => runner.plan().into_iter().flat_map(Plan::timings).collect(),
+            Work::Train(training) => training.step.timings(),
+        }
+    }
+}
+
+/// A network in training on one batch.
+struct Training {
+    step: Box<dyn TrainingStep>,
+    optimizer: Optimizer,
+    workers: Workers,
+    loss: CrossEntropy,
+    /// `[N, 3, H, W]`
+    images: Tensor,
+    labels: Vec<usize>,
+    generator: ChaCha8Rng,
+}
+
+impl Training {
+    fn new(model: &Model, images: Tensor, global: &Global) -> anyhow::Result<Self> {
+        let graph = model.graph.clone();
+        let params = Params::new(model.source.clone(), model.seed);
+        let vb = params.var_builder(images.device());
+        let variables = Variables::new(&graph, &vb, &BTreeSet::new())?;
+        let classes = graph.num_classes();
+        let labels = (0..images.dim(0)?).map(|i| i * 7 % classes).collect();
+        let step = training_step(graph, &variables, global.plan_options())?;
+        let rule = Rule::Sgd {
+            momentum: 0.9,
+            nesterov: false,
+        };
+        let group = Group {
+            rate_scale: 1.0,
+            weight_decay: 0.0,
+        };
+        let groups = vec![group; step.parameters().len()];
+        Ok(Self {
+            optimizer: Optimizer::new(rule, step.parameters(), groups)?,
+            step,
+            workers: Workers::new(global.threads())?,
+            loss: CrossEntropy::default(),
+            images,
+            labels,
+            generator: ChaCha8Rng::seed_from_u64(global.seed()),
+        })
+    }
+
+    fn step(&mut self) -> anyhow::Result<()> {
+        const RATE: f64 = 1e-4;
+        let logits = self.step.forward(&self.images, &mut self.generator)?;
+        let targets = Targets::Classes(&self.labels);
+        let (_, gradient) = self.loss.loss(&logits, targets)?;
+        let mut gradients = vec![None; self.step.parameters().len()];
+        self.step.backward(&gradient, &mut |index, gradient| {
+            gradients[index] = Some(gradient);
+            Ok(())
+        })?;
+        let gradients: Option<Vec<Tensor>> = gradients.into_iter().collect();
+        let gradients = gradients.context("a parameter without a gradient")?;
+        let parameters = self.step.parameters();
+        self.optimizer
+            .step(parameters, &gradients, RATE, 1.0, &self.workers)?;
+        Ok(())
+    }
+}
+
 /// Passes before measuring, and at least as many measured.
 const WARM_UP: usize = 3;
 
@@ -75,16 +163,25 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     let size = arguments
         .image_size
         .map_or(model.preprocessing.crop, NonZeroUsize::get);
-    let mut runner = model.runner(&device, [size; 2], global.plan_options())?;
     let count = arguments.batch_size.get();
     let mut rng = ChaCha8Rng::seed_from_u64(global.seed());
     let images: Vec<f32> = (0..count * size * size * 3)
         .map(|_| rng.random_range(-2.0..2.0))
         .collect();
+    let mut work = if arguments.train {
+        let images = Tensor::from_vec(images, (count, 3, size, size), &device)?;
+        Work::Train(Box::new(Training::new(&model, images, global)?))
+    } else {
+        let runner = model.runner(&device, [size; 2], global.plan_options())?;
+        Work::Forward(Box::new(runner), images)
+    };
     let mut times = Vec::new();
     let mut pass = || -> anyhow::Result<f64> {
         let started = Instant::now();
-        runner.run(&images, count)?;
+        match &mut work {
+            Work::Forward(runner, images) => runner.run(images, count).map(drop)?,
+            Work::Train(training) => training.step()?,
+        }
         Ok(started.elapsed().as_secs_f64() * 1e3)
     };
     for _ in 0..WARM_UP {
@@ -108,20 +205,18 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
             "metal"
         }
         .into(),
-        train: false,
+        train: arguments.train,
         median_ms,
         min_ms: times[0],
         images_per_second: count as f64 / median_ms * 1e3,
         peak_memory_mb: peak_memory_mb(),
     };
     let mut out = global.stdout();
-    if global.verbose
-        && let Some(plan) = runner.plan()
-    {
+    if global.verbose {
         let passes = (times.len() + WARM_UP) as f64;
-        for (name, kind, time) in plan.timings() {
+        for (name, kind, time) in work.timings() {
             let ms = time.as_secs_f64() * 1e3 / passes;
-            complain(&format!("{ms:8.3} ms  {kind:15} {name}"));
+            complain(&format!("{ms:8.3} ms  {kind:30} {name}"));
         }
     }
     match arguments.format {

@@ -1,4 +1,5 @@
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use candle_core::{Result, Tensor, Var, bail};
 use candle_nn::var_builder::VarBuilder;
@@ -38,6 +39,12 @@ pub trait TrainingStep {
         logits_gradient: &Tensor,
         sink: &mut dyn FnMut(usize, Tensor) -> Result<()>,
     ) -> Result<()>;
+
+    /// For every step of a compiled plan the node that it belongs to, what kind of step it is, and
+    /// the time spent in it so far; empty where there is no plan.
+    fn timings(&self) -> Vec<(&str, &'static str, Duration)> {
+        Vec::new()
+    }
 }
 
 /// The tensors of a network in training. A clone shares them.

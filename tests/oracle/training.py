@@ -35,19 +35,33 @@ def without_dropout(model):
     return model.train()
 
 
+# Images off by a last digit, to see what rounding does: behind a ReLU one value next to zero
+# decides over a gradient, and a single float32 run may be lucky with it.
+NUDGES = 6
+
+
+def nudged(images, seed):
+    if not seed:
+        return images
+    noise = formula.uniform(f"nudge {seed}", images.numel()).reshape(images.shape)
+    return images * (1 + torch.from_numpy(noise) * 2.0**-23)
+
+
 def gradients(name):
     """For each parameter in the order of names: its gradient's norm, eight projections, and the
-    relative float32 error of PyTorch, for a gradient at the logits that a formula gives."""
+    relative float32 error of PyTorch (the largest over memory layouts and nudged images), for a
+    gradient at the logits that a formula gives."""
     network = NETWORKS[name]
     images = torch.from_numpy(formula.images(BATCH, SIDE, SIDE))
     runs = []
-    layouts = [(torch.float64, LAYOUTS[0])] + [(torch.float32, layout) for layout in LAYOUTS]
-    for dtype, layout in layouts:
+    kinds = [(torch.float64, LAYOUTS[0], 0)] + [(torch.float32, layout, 0) for layout in LAYOUTS]
+    kinds += [(torch.float32, LAYOUTS[0], seed + 1) for seed in range(NUDGES)]
+    for dtype, layout, nudge in kinds:
         model = network.build(SIDE, SIDE)
         fill(model, network, SIDE, SIDE)
         without_dropout(model).to(dtype)
         model.to(memory_format=layout)
-        logits = model(images.to(dtype, memory_format=layout))
+        logits = model(nudged(images, nudge).to(dtype, memory_format=layout))
         seed = formula.uniform("logits gradient", logits.numel()).reshape(logits.shape)
         logits.backward(torch.from_numpy(seed).to(dtype))
         names = network.rename(model)

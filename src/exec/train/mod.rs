@@ -90,20 +90,6 @@ impl PlanStep {
         })
     }
 
-    /// For every step of the plan that was used last, the node that it belongs to, what kind of
-    /// step it is, and the time spent in it so far.
-    pub fn timings(&self) -> Vec<(&str, &'static str, Duration)> {
-        let Some((_, plan)) = self.plans.first() else {
-            return Vec::new();
-        };
-        let steps = plan.lowered.steps.iter().zip(&plan.timings);
-        let labelled = steps.map(|(&step, &time)| {
-            let (name, label) = plan.lowered.describe(step);
-            (name, label, time)
-        });
-        labelled.collect()
-    }
-
     /// Brings the plan for batches of this shape to the front.
     fn compile(&mut self, shape: Shape) -> Result<()> {
         if let Some(index) = self.plans.iter().position(|(s, _)| *s == shape) {
@@ -381,6 +367,19 @@ impl TrainingStep for PlanStep {
             *timing += started.elapsed();
         }
         result
+    }
+
+    /// Of the plan that was used last.
+    fn timings(&self) -> Vec<(&str, &'static str, Duration)> {
+        let Some((_, plan)) = self.plans.first() else {
+            return Vec::new();
+        };
+        let steps = plan.lowered.steps.iter().zip(&plan.timings);
+        let labelled = steps.map(|(&step, &time)| {
+            let (name, label) = plan.lowered.describe(step);
+            (name, label, time)
+        });
+        labelled.collect()
     }
 }
 
