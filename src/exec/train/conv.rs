@@ -1285,19 +1285,36 @@ impl Layer {
             return gradient;
         }
         memory.pool.run(shape.groups * blocks, |task| {
+            // Inputs at a time: sixteen rows of the gradient are filled side by side, each with
+            // whole lines.
+            const INPUTS: usize = 64;
             let (group, block) = (task / blocks, task % blocks);
-            let outputs = block * PANEL..((block + 1) * PANEL).min(shape.outputs);
-            for k in 0..shape.depth {
-                let (tap, i) = (k / ins, k % ins);
-                for o in outputs.clone() {
-                    let at = (group * shape.depth + k) * leading + o;
-                    let mut sum = values[at];
-                    for lane in 1..lanes {
-                        sum += values[lane * shape.len() + at];
+            let first = block * PANEL;
+            let outputs = PANEL.min(shape.outputs - first);
+            let mut rows = vec![[0.0; PANEL]; INPUTS * area];
+            for start in (0..ins).step_by(INPUTS) {
+                let inputs = INPUTS.min(ins - start);
+                for tap in 0..area {
+                    for i in 0..inputs {
+                        let k = tap * ins + start + i;
+                        let at = (group * shape.depth + k) * leading + first;
+                        let row = &mut rows[i * area + tap];
+                        row.copy_from_slice(&values[at..][..PANEL]);
+                        for lane in 1..lanes {
+                            let part = &values[lane * shape.len() + at..][..PANEL];
+                            row.iter_mut().zip(part).for_each(|(sum, v)| *sum += v);
+                        }
                     }
-                    let place = ((group * shape.outputs + o) * ins + i) * area + tap;
+                }
+                for o in 0..outputs {
+                    let place = ((group * shape.outputs + first + o) * ins + start) * area;
                     // SAFETY: inside the gradient, and this task's outputs alone.
-                    unsafe { *to.get().add(place) = sum };
+                    let to = unsafe {
+                        std::slice::from_raw_parts_mut(to.get().add(place), inputs * area)
+                    };
+                    for (to, row) in to.iter_mut().zip(&rows) {
+                        *to = row[o];
+                    }
                 }
             }
         });
