@@ -17,7 +17,9 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 fn sconce() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_sconce"))
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sconce"));
+    command.env("HF_HUB_OFFLINE", "1");
+    command
 }
 
 /// A folder with pieces of the photos, ten of each, in folders named after them.
@@ -179,8 +181,15 @@ fn an_interrupt_saves_and_says_so() {
     let data = photos();
     let runs = tempfile::tempdir().unwrap();
     let (whole, cut) = (runs.path().join("whole"), runs.path().join("cut"));
-    done(&small(data.path(), &whole));
-    let arguments = small(data.path(), &cut);
+    // Long enough to be interrupted.
+    let long = |out: &Path| {
+        let mut arguments = small(data.path(), out);
+        let at = arguments.iter().position(|a| a == "--epochs").unwrap();
+        arguments[at + 1] = "40".into();
+        arguments
+    };
+    done(&long(&whole));
+    let arguments = long(&cut);
     let child = sconce()
         .args(&arguments)
         .stderr(Stdio::piped())
@@ -429,7 +438,10 @@ fn mistakes_are_one_clear_error() {
         (&["--label-smoothing", "1"], "--label-smoothing: expected"),
         (&["--ema=2"], "--ema: expected"),
         (&["--lr", "1e36"], "--warmup"),
-        (&["-m", "resnet18"], "its weights are not on this machine"),
+        (
+            &["-m", "resnet18"],
+            "not on this machine, and HF_HUB_OFFLINE is set",
+        ),
     ];
     for (more, expected) in cases {
         let error = refused(&and(&base, &[more, &["--force"]].concat()));
