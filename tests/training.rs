@@ -265,6 +265,11 @@ fn candles_losses_are_pytorchs_for_thirty_steps() {
 }
 
 #[test]
+fn the_plans_losses_are_pytorchs_for_thirty_steps() {
+    check_curve("mobilenet_v3_small", "sgd", 30, plan);
+}
+
+#[test]
 fn optimizers_are_pytorchs() {
     let values: BTreeMap<String, Vec<Vec<f64>>> =
         serde_json::from_slice(&golden("optimizers.json")).unwrap();
