@@ -1,6 +1,6 @@
 //! Running a network: [`params`] hands out its tensors, [`eager`] computes with candle's
 //! operations on any device, [`cpu`] with a compiled plan of our own kernels. [`TrainingStep`] is
-//! what training asks of either.
+//! what training asks for: of [`EagerStep`] on any device, of [`PlanStep`] on the CPU.
 
 pub mod cpu;
 mod device;

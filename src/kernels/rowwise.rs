@@ -87,41 +87,8 @@ pub fn apply_to_sum(
     for_activation!(activation, run);
 }
 
-/// `g = dy · activation'(z · scale + shift)`.
-pub fn mask(
-    isa: Isa,
-    dy: &[f32],
-    z: &[f32],
-    Affine { scale, shift }: Affine,
-    activation: Option<Activation>,
-    g: &mut [f32],
-) {
-    macro_rules! run {
-        ($activation:expr) => {
-            isa.compiled(|| {
-                if scale.is_empty() {
-                    for ((g, &dy), &z) in g.iter_mut().zip(dy).zip(z) {
-                        *g = dy * derivative($activation, z);
-                    }
-                    return;
-                }
-                let c = scale.len();
-                let rows = dy.chunks_exact(c).zip(z.chunks_exact(c));
-                for (g, (dy, z)) in g.chunks_exact_mut(c).zip(rows) {
-                    let norm = scale.iter().zip(shift);
-                    for (((g, &dy), &z), (&scale, &shift)) in g.iter_mut().zip(dy).zip(z).zip(norm)
-                    {
-                        *g = dy * derivative($activation, z * scale + shift);
-                    }
-                }
-            })
-        };
-    }
-    for_activation!(activation, run);
-}
-
 /// `g = g · activation'(z · scale + shift)`.
-pub fn mask_in_place(
+pub fn mask(
     isa: Isa,
     z: &[f32],
     Affine { scale, shift }: Affine,

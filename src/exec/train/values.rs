@@ -331,9 +331,9 @@ impl Memory<'_> {
                 let z = &self.values(value)[at..][..gradient.len()];
                 // SAFETY: the pixels are the task's own.
                 let g = unsafe { self.part(buffer, at, gradient.len()) };
-                match activation {
-                    None => g.copy_from_slice(gradient),
-                    _ => rowwise::mask(self.isa, gradient, z, self.affine(norm), activation, g),
+                g.copy_from_slice(gradient);
+                if activation.is_some() {
+                    rowwise::mask(self.isa, z, self.affine(norm), activation, g);
                 }
                 if let Some(norm) = norm {
                     // SAFETY: the block is the task's own.
@@ -355,7 +355,7 @@ impl Memory<'_> {
             return;
         };
         let z = &self.values(value)[start * channels..][..g.len()];
-        rowwise::mask_in_place(self.isa, z, self.affine(norm), activation, g);
+        rowwise::mask(self.isa, z, self.affine(norm), activation, g);
     }
 
     /// A block's partial sums for the gradient of a norm, where it needs them.
