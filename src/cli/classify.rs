@@ -36,7 +36,7 @@ pub struct Arguments {
     #[arg(short = 'k', long, value_name = "N", default_value = "5")]
     top_k: NonZeroUsize,
     /// Divide logits by this before softmax, above 0 [default: the model's, else 1]
-    #[arg(short = 'T', long, value_name = "T", value_parser = temperature)]
+    #[arg(short = 'T', long, value_name = "T", value_parser = super::temperature)]
     temperature: Option<f64>,
     /// Images that go through the network together
     #[arg(short, long, value_name = "N", default_value = "8")]
@@ -57,7 +57,7 @@ pub struct Arguments {
     #[arg(long, value_name = "COLOR", value_parser = data::parse_color)]
     background: Option<[u8; 3]>,
     /// Refuse images of more pixels
-    #[arg(long, value_name = "N", default_value_t = 100_000_000)]
+    #[arg(long, value_name = "N", default_value_t = super::MAX_PIXELS)]
     max_pixels: u64,
 }
 
@@ -77,13 +77,6 @@ impl From<Format> for report::Format {
             Format::Jsonl => report::Format::JsonLines,
             Format::Csv => report::Format::Csv,
         }
-    }
-}
-
-fn temperature(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(t) if t > 0.0 && f64::is_finite(t) => Ok(t),
-        _ => Err("expected a number above 0".into()),
     }
 }
 

@@ -17,6 +17,7 @@ use crate::data::Dataset;
 use crate::exec::params::{LoadReport, TensorSource};
 use crate::hub::Hub;
 use crate::models::Preprocessing;
+use crate::report::write_classes;
 use crate::train::{
     BatchReport, CHECKPOINT_FILE, CONFIG_FILE, End, EpochReport, Event, MODEL_FILE, Run, Settings,
     State, Summary,
@@ -620,7 +621,7 @@ impl Watcher {
                 }
             }
             Event::Batch(report) => self.batch(&report),
-            Event::Epoch(report) => self.epoch(report),
+            Event::Epoch(report, _) => self.epoch(report),
         }
     }
 
@@ -701,9 +702,6 @@ impl JsonSummary {
     }
 }
 
-/// Classes of a table that a person still reads.
-const SHOWN_CLASSES: usize = 30;
-
 fn write_text(out: &mut impl Write, summary: &Summary, labels: &[String]) -> io::Result<()> {
     let Summary { best, .. } = summary;
     writeln!(
@@ -715,22 +713,8 @@ fn write_text(out: &mut impl Write, summary: &Summary, labels: &[String]) -> io:
         100.0 * best.macro_f1,
         HumanDuration(Duration::try_from_secs_f64(summary.seconds).unwrap_or_default())
     )?;
-    if let Some(evaluation) = &summary.evaluation
-        && labels.len() <= SHOWN_CLASSES
-    {
-        let width = labels.iter().map(|l| l.chars().count()).max().unwrap_or(0);
-        let width = width.max("class".len());
-        writeln!(out, "{:width$}  precision  recall      F1  images", "class")?;
-        for (label, class) in labels.iter().zip(evaluation.classes()) {
-            writeln!(
-                out,
-                "{label:width$}  {:7.1} %  {:4.1} %  {:4.1} %  {:6}",
-                100.0 * class.precision,
-                100.0 * class.recall,
-                100.0 * class.f1,
-                class.support
-            )?;
-        }
+    if let Some(evaluation) = &summary.evaluation {
+        write_classes(out, labels, &evaluation.classes())?;
     }
     writeln!(
         out,

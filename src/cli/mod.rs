@@ -5,6 +5,7 @@ mod bench;
 mod classify;
 mod completions;
 mod download;
+mod evaluate;
 mod export;
 mod finetune;
 mod models;
@@ -32,6 +33,7 @@ use crate::weights::{Model, Request, WeightsChoice};
   sconce classify photo.jpg               what is in this photo?
   sconce classify photos/ --format jsonl  every image below a folder, a line of JSON each
   sconce finetune flowers/                teach a network the folders' names
+  sconce evaluate flowers/test/           how well does it name these?
   sconce models                           the networks, their size and accuracy
   sconce models resnet18                  one network, layer by layer
   sconce bench -m resnet18                how fast is it here?
@@ -49,6 +51,7 @@ pub struct Cli {
 enum Command {
     Classify(classify::Arguments),
     Finetune(Box<finetune::Arguments>),
+    Evaluate(evaluate::Arguments),
     Models(models::Arguments),
     Bench(bench::Arguments),
     Download(download::Arguments),
@@ -151,6 +154,7 @@ impl Cli {
         match self.command {
             Command::Classify(arguments) => classify::run(&self.global, arguments),
             Command::Finetune(arguments) => finetune::run(&self.global, &arguments),
+            Command::Evaluate(arguments) => evaluate::run(&self.global, &arguments),
             Command::Models(arguments) => models::run(&self.global, &arguments),
             Command::Bench(arguments) => bench::run(&self.global, &arguments),
             Command::Download(arguments) => download::run(&self.global, &arguments),
@@ -252,6 +256,17 @@ impl Global {
     /// Whether to draw progress: results themselves show it where they go to the terminal.
     fn shows_progress(&self) -> bool {
         !self.quiet && io::stderr().is_terminal() && !io::stdout().is_terminal()
+    }
+}
+
+/// Images of more pixels are refused, unless more are asked for.
+const MAX_PIXELS: u64 = 100_000_000;
+
+/// What logits may be divided by.
+fn temperature(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(t) if t > 0.0 && f64::is_finite(t) => Ok(t),
+        _ => Err("expected a number above 0".into()),
     }
 }
 

@@ -119,6 +119,8 @@ pub enum DatasetError {
         "{path}: no images left to {what} (change --val-split, or add images to the smallest classes)"
     )]
     Empty { path: String, what: &'static str },
+    #[error("{path}: no images for --split {part}")]
+    NoPart { path: String, part: &'static str },
     #[error("{path}, line {line}: {reason}")]
     Csv {
         path: String,
@@ -127,7 +129,7 @@ pub enum DatasetError {
     },
 }
 
-const VALIDATION: [&str; 3] = ["val", "valid", "validation"];
+pub(super) const VALIDATION: [&str; 3] = ["val", "valid", "validation"];
 const FASHION: [&str; 10] = [
     "T-shirt/top",
     "Trouser",
@@ -172,7 +174,10 @@ impl Dataset {
                 None => (class_folders(path)?, None),
             }
         } else if path.is_file() {
-            from_csv(path)?
+            let Rows {
+                train, validation, ..
+            } = from_csv(path)?;
+            (train, Some(validation).filter(|v| !v.is_empty()))
         } else {
             return Err(DatasetError::Missing(data.to_string()));
         };
@@ -254,10 +259,10 @@ impl Dataset {
 }
 
 /// Class names and paths, in order.
-type Labelled = Vec<(String, PathBuf)>;
+pub(super) type Labelled = Vec<(String, PathBuf)>;
 
 /// The images of every folder in `root`, all below it included.
-fn class_folders(root: &Path) -> Result<Labelled, DatasetError> {
+pub(super) fn class_folders(root: &Path) -> Result<Labelled, DatasetError> {
     let shown = || root.display().to_string();
     let io = |source| DatasetError::Io {
         path: shown(),
@@ -290,8 +295,17 @@ fn class_folders(root: &Path) -> Result<Labelled, DatasetError> {
     Ok(labelled)
 }
 
-/// Reads a list; paths in it are relative to its folder. Rows of a test split are left alone.
-fn from_csv(path: &Path) -> Result<(Labelled, Option<Labelled>), DatasetError> {
+/// A list's rows, by their split; all are to train on where it names none.
+#[derive(Default)]
+pub(super) struct Rows {
+    pub train: Labelled,
+    pub validation: Labelled,
+    pub test: Labelled,
+    pub has_splits: bool,
+}
+
+/// Reads a list; paths in it are relative to its folder.
+pub(super) fn from_csv(path: &Path) -> Result<Rows, DatasetError> {
     let shown = path.display().to_string();
     let error = |line: u64, reason: String| DatasetError::Csv {
         path: shown.clone(),
@@ -321,7 +335,10 @@ fn from_csv(path: &Path) -> Result<(Labelled, Option<Labelled>), DatasetError> {
     };
     let splits = column("split");
     let root = path.parent().unwrap_or(Path::new(""));
-    let (mut train, mut validation) = (Labelled::new(), Labelled::new());
+    let mut rows = Rows {
+        has_splits: splits.is_some(),
+        ..Rows::default()
+    };
     for record in reader.records() {
         let record = record.map_err(broken)?;
         let line = record.position().map_or(0, csv::Position::line);
@@ -331,22 +348,26 @@ fn from_csv(path: &Path) -> Result<(Labelled, Option<Labelled>), DatasetError> {
         }
         let row = (label.to_string(), root.join(path));
         match splits.map_or("train", |s| &record[s]) {
-            "train" => train.push(row),
-            "test" => {}
-            split if VALIDATION.contains(&split) => validation.push(row),
+            "train" => rows.train.push(row),
+            "test" => rows.test.push(row),
+            split if VALIDATION.contains(&split) => rows.validation.push(row),
             other => {
                 let reason = format!("split {other:?} is none of train, val, test");
                 return Err(error(line, reason));
             }
         }
     }
-    let validation = Some(validation).filter(|v| !v.is_empty());
-    Ok((train, validation))
+    Ok(rows)
 }
 
 /// Draws the share `part` of every class to validate on, at least one of a class of two or more
 /// and never all of it.
-fn split(samples: Vec<Sample>, classes: usize, part: f64, seed: u64) -> (Vec<Sample>, Vec<Sample>) {
+pub(super) fn split(
+    samples: Vec<Sample>,
+    classes: usize,
+    part: f64,
+    seed: u64,
+) -> (Vec<Sample>, Vec<Sample>) {
     let mut by_class = vec![Vec::new(); classes];
     for (index, sample) in samples.iter().enumerate() {
         by_class[sample.label].push(index);

@@ -64,7 +64,8 @@ pub enum Event<'a> {
         total: usize,
     },
     Batch(BatchReport),
-    Epoch(&'a EpochReport),
+    /// An epoch's figures, and what its network said of each validation image.
+    Epoch(&'a EpochReport, &'a Evaluation),
 }
 
 /// Where an epoch stands.
@@ -459,8 +460,8 @@ impl Fitting {
                 seconds: began.elapsed().as_secs_f64(),
                 is_best: false,
             };
-            self.finish_epoch(&mut report, evaluation)?;
-            observe(Event::Epoch(&report));
+            self.finish_epoch(&mut report, &evaluation)?;
+            observe(Event::Epoch(&report, &evaluation));
         }
         let best = self.progress.best.unwrap_or(Best {
             epoch: 0,
@@ -677,7 +678,7 @@ impl Fitting {
         &mut self,
         observe: &mut dyn FnMut(Event),
     ) -> Result<Option<Evaluation>, TrainError> {
-        let mut evaluation = Evaluation::new(self.run.dataset.classes.len());
+        let mut evaluation = Evaluation::new(self.run.dataset.classes.len(), 1.0);
         let size = [self.run.model.preprocessing.crop; 2];
         let mut unread = None;
         match &self.validation {
@@ -687,7 +688,7 @@ impl Fitting {
                 let head: Vec<Tensor> = self.step.parameters().iter().filter_map(value).collect();
                 let logits = head_logits(&features.tensor, &head[0], head.get(1))?;
                 let logits = logits.flatten_all()?.to_vec1::<f32>()?;
-                evaluation.add(&logits, &features.labels);
+                evaluation.add(&logits, &features.labels, &features.samples);
             }
             Validation::Images(plan) => {
                 let weights = Arc::new(TensorMap(self.kept_weights()));
@@ -711,7 +712,7 @@ impl Fitting {
                     }
                     if !batch.labels.is_empty() {
                         let logits = runner.run(&batch.pixels, batch.labels.len())?;
-                        evaluation.add(&logits, &batch.labels);
+                        evaluation.add(&logits, &batch.labels, &batch.samples);
                     }
                 }
             }
@@ -728,7 +729,7 @@ impl Fitting {
     fn finish_epoch(
         &mut self,
         report: &mut EpochReport,
-        evaluation: Evaluation,
+        evaluation: &Evaluation,
     ) -> Result<(), TrainError> {
         let now = Best {
             epoch: report.epoch,
@@ -749,7 +750,7 @@ impl Fitting {
             write_tensors(&path, &self.kept_weights(), text)
                 .map_err(|e| self.not_saved(e.into()))?;
             self.progress.best = Some(now);
-            self.best_evaluation = Some(evaluation);
+            self.best_evaluation = Some(evaluation.clone());
         }
         let since_best = report.epoch - self.progress.best.map_or(0, |b| b.epoch);
         let patience = self.run.settings.patience;

@@ -3,6 +3,7 @@
 //! [`Run::fit`] is the loop. What the network is trained with ([`crate::exec::TrainingStep`]) hands
 //! out logits and parameter gradients; everything above that is here.
 
+mod calibration;
 mod fit;
 mod groups;
 mod loss;
@@ -14,13 +15,14 @@ mod slices;
 mod source;
 mod state;
 
+pub use calibration::{Bin, Reliability, best_temperature};
 pub use fit::{
     BatchReport, CHECKPOINT_FILE, CONFIG_FILE, End, EpochReport, Event, METRICS_FILE, MODEL_FILE,
     Run, Summary, TrainError,
 };
 pub use groups::{frozen_names, groups};
 pub use loss::{CrossEntropy, Targets};
-pub use metrics::{ClassMetrics, Evaluation};
+pub use metrics::{ClassMetrics, Evaluation, Verdict};
 pub use optimizer::{Group, Optimizer, Rule};
 pub use schedule::{Schedule, Shape};
 pub use settings::{ClassWeights, Metric, OptimizerKind, Settings};

@@ -33,6 +33,8 @@ pub(super) struct Features {
     rows: Vec<Option<u32>>,
     /// Classes of the rows.
     pub labels: Vec<usize>,
+    /// Samples of the rows.
+    pub samples: Vec<usize>,
 }
 
 impl Features {
@@ -46,12 +48,13 @@ impl Features {
     ) -> Result<Option<Self>> {
         let mut values: Vec<f32> = Vec::new();
         let mut rows = vec![None; plan.samples.len()];
-        let mut labels = Vec::new();
+        let (mut labels, mut samples) = (Vec::new(), Vec::new());
         let mut seen = 0;
         for batch in plan.evaluation()? {
             for &sample in &batch.samples {
                 rows[sample] = Some(labels.len() as u32);
                 labels.push(plan.samples[sample].label);
+                samples.push(sample);
             }
             if !batch.labels.is_empty() {
                 values.extend(runner.run(&batch.pixels, batch.labels.len())?);
@@ -66,6 +69,7 @@ impl Features {
             tensor: Tensor::from_vec(values, (labels.len(), width), device)?,
             rows,
             labels,
+            samples,
         }))
     }
 }

@@ -39,6 +39,7 @@
 //! [`LoadReport`]: crate::exec::params::LoadReport
 //! [`Params`]: crate::exec::params::Params
 
+mod classes;
 mod config;
 mod dialects;
 mod export;
@@ -50,13 +51,14 @@ mod model_file;
 mod resolve;
 mod write;
 
+pub use classes::{ClassError, match_classes};
 pub use config::{Configuration, configuration};
 pub use dialects::Dialect;
 pub use export::{DType, ExportError};
 pub use fit::{FitError, Fitted, Head, closest, fit};
 pub use formats::{Checkpoint, WeightsError};
 pub use labels::{LabelsError, imagenet_labels, read_labels};
-pub use model_file::{Description, FORMAT_VERSION};
+pub use model_file::{Description, FORMAT_VERSION, set_temperature};
 pub use resolve::{
     Model, ModelError, Request, WeightsChoice, cached, fetch, fetch_repository, resolve,
     resolve_for_training,

@@ -54,6 +54,8 @@ pub struct Model {
     pub labels: Vec<String>,
     pub preprocessing: Preprocessing,
     pub temperature: f64,
+    /// The model file that says all this, where there is one and the weights are its own.
+    pub file: Option<PathBuf>,
     /// Where the weights came from and whose names they have, for messages.
     weights_from: Option<String>,
 }
@@ -193,13 +195,17 @@ fn from_model_file(request: &Request, head: Head) -> Result<Model, ModelError> {
         ),
     };
     let choice = (description.name.clone(), description.architecture);
-    build(
+    let mut model = build(
         choice,
         Some(description),
         source.zip(from),
         head,
         request.seed,
-    )
+    )?;
+    if request.weights == WeightsChoice::Published {
+        model.file = Some(path.to_path_buf());
+    }
+    Ok(model)
 }
 
 /// A repository or a folder as timm and transformers write them; or one with a model file of ours.
@@ -214,7 +220,12 @@ fn from_folder(request: &Request, folder: &Folder, head: Head) -> Result<Model, 
             model,
             ..request.clone()
         };
-        return from_model_file(&request, head);
+        let mut model = from_model_file(&request, head)?;
+        if let Folder::Hub { .. } = folder {
+            // A cache's file is not this program's to change.
+            model.file = None;
+        }
+        return Ok(model);
     };
     let (file, from) = match &request.weights {
         WeightsChoice::Published => (Some(Checkpoint::open(&weights)?), folder.name()),
@@ -383,6 +394,7 @@ fn build(
         labels,
         preprocessing,
         temperature,
+        file: None,
         weights_from: None,
     };
     let Some((file, from)) = weights else {

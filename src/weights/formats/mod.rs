@@ -46,7 +46,8 @@ pub struct Checkpoint {
     description: Option<String>,
 }
 
-enum Bytes {
+/// A file's content.
+pub(super) enum Bytes {
     Mapped(Mmap),
     Static(&'static [u8]),
     Owned(Vec<u8>),
@@ -149,7 +150,7 @@ impl Checkpoint {
     }
 }
 
-fn format_error(path: &Path, reason: String) -> WeightsError {
+pub(super) fn format_error(path: &Path, reason: String) -> WeightsError {
     WeightsError::Format {
         path: path.display().to_string(),
         reason,
@@ -173,7 +174,7 @@ fn recognize(content: &[u8]) -> Option<String> {
     content.is_empty().then(|| "it is empty".into())
 }
 
-fn map(path: &Path) -> Result<Bytes, WeightsError> {
+pub(super) fn map(path: &Path) -> Result<Bytes, WeightsError> {
     let io = |error| WeightsError::Io {
         path: path.display().to_string(),
         error,
@@ -192,7 +193,7 @@ fn map(path: &Path) -> Result<Bytes, WeightsError> {
 }
 
 impl Bytes {
-    fn as_slice(&self) -> &[u8] {
+    pub fn as_slice(&self) -> &[u8] {
         match self {
             Bytes::Mapped(map) => map,
             Bytes::Static(bytes) => bytes,

@@ -1,0 +1,279 @@
+use std::fs::{self, File};
+use std::io::{self, BufWriter, IsTerminal};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::{Global, Outcome, ReportFormat, complain};
+use crate::data::{self, Augment, BatchPlan, Decoder, LabelledImages, Part, Sample};
+use crate::exec::Runner;
+use crate::report::{Calibration, Judgement};
+use crate::train::{Evaluation, best_temperature};
+use crate::weights::{Model, match_classes, resolve, set_temperature, write_whole};
+
+/// Say how well a network names labelled images
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  sconce evaluate flowers/test/ -m runs/flowers/model.safetensors
+  sconce evaluate imagenet/val/ -m resnet50 --format json
+  sconce evaluate flowers/ -m runs/flowers/model.safetensors --split val --calibrate
+  sconce evaluate photos.csv --mistakes mistakes.csv
+
+DATA takes the forms of finetune: a folder of class folders; one that holds train/, val/ or test/
+with class folders each; a CSV with the columns path,label[,split]; mnist:DIR, fashion-mnist:DIR.
+Classes are named as the network names them, by ImageNet's WordNet ids (n02123045), or by index.")]
+pub struct Arguments {
+    /// Images and their classes
+    #[arg(value_name = "DATA")]
+    data: String,
+    /// Which images: val where DATA are not divided is what finetune would validate on
+    /// [default: val where DATA say which these are, else test, else all]
+    #[arg(long, value_enum, value_name = "PART")]
+    split: Option<Split>,
+    /// Share of every class in val, where DATA do not say
+    #[arg(long, value_name = "F", default_value = "0.2", value_parser = share)]
+    val_split: f64,
+    /// Find the temperature that makes probabilities fit best, and write it into the model file
+    #[arg(long, conflicts_with = "temperature")]
+    calibrate: bool,
+    /// Divide logits by this before softmax, above 0 [default: the model's, else 1]
+    #[arg(short = 'T', long, value_name = "T", value_parser = super::temperature)]
+    temperature: Option<f64>,
+    /// Write all mistakes as CSV, the worst first
+    #[arg(long, value_name = "FILE.csv")]
+    mistakes: Option<PathBuf>,
+    /// How to print the result
+    #[arg(long, value_enum, default_value_t = ReportFormat::Text)]
+    format: ReportFormat,
+    /// Images that go through the network together
+    #[arg(short, long, value_name = "N", default_value = "8")]
+    batch_size: NonZeroUsize,
+    /// Put transparent images on this colour (white, #rgb, ...) instead of dropping transparency
+    #[arg(long, value_name = "COLOR", value_parser = data::parse_color)]
+    background: Option<[u8; 3]>,
+    /// Refuse images of more pixels
+    #[arg(long, value_name = "N", default_value_t = super::MAX_PIXELS)]
+    max_pixels: u64,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Split {
+    Train,
+    Val,
+    Test,
+    All,
+}
+
+impl From<Split> for Part {
+    fn from(split: Split) -> Self {
+        match split {
+            Split::Train => Part::Train,
+            Split::Val => Part::Validation,
+            Split::Test => Part::Test,
+            Split::All => Part::All,
+        }
+    }
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if share > 0.0 && share < 1.0 => Ok(share),
+        _ => Err("expected a number above 0, below 1".into()),
+    }
+}
+
+pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
+    let started = Instant::now();
+    let model = resolve(&global.request())?;
+    let calibrated = match (&model.file, arguments.calibrate) {
+        (Some(file), true) => Some(file.clone()),
+        (None, true) => bail!(
+            "--calibrate: {} has no model file to write the temperature into (make one: sconce export -m {0} --to safetensors -o FILE, then -m FILE)",
+            model.name
+        ),
+        (_, false) => None,
+    };
+    let images = LabelledImages::open(
+        &arguments.data,
+        arguments.split.map(Part::from),
+        arguments.val_split,
+        global.seed(),
+    )?;
+    let classes =
+        match_classes(&images.classes, &model.labels).with_context(|| arguments.data.clone())?;
+    let samples = images.samples.into_iter().map(|sample| Sample {
+        label: classes[sample.label],
+        ..sample
+    });
+    global.report_weights(&model);
+    let device = global.device.open()?;
+    let size = [model.preprocessing.crop; 2];
+    let runner = model.runner(&device, size, global.plan_options())?;
+    let plan = BatchPlan {
+        samples: samples.collect(),
+        decoder: Decoder {
+            max_pixels: arguments.max_pixels,
+            background: arguments.background,
+        },
+        preprocessing: model.preprocessing,
+        augment: Augment::None,
+        batch_size: arguments.batch_size.get(),
+        seed: global.seed(),
+        threads: global.threads(),
+    };
+    let temperature = arguments.temperature.unwrap_or(model.temperature);
+    let Model { labels, .. } = model;
+    let Measured {
+        mut evaluation,
+        logits,
+        unreadable,
+    } = measure(
+        global,
+        runner,
+        &plan,
+        labels.len(),
+        temperature,
+        calibrated.is_some(),
+    )?;
+    global.verbose(|| {
+        let seconds = started.elapsed().as_secs_f64();
+        let rate = evaluation.images() as f64 / seconds;
+        format!(
+            "{} images in {seconds:.2} s, {rate:.1} images a second",
+            evaluation.images()
+        )
+    });
+    if evaluation.images() == 0 {
+        return Ok(Outcome::NothingDone);
+    }
+    let calibration = match &calibrated {
+        Some(file) => Some(calibrate(file, &mut evaluation, &logits, temperature)?),
+        None => None,
+    };
+    let judgement = Judgement {
+        evaluation: &evaluation,
+        labels: &labels,
+        samples: &plan.samples,
+        unreadable,
+        temperature: calibration.map_or(temperature, |c| c.temperature),
+        calibration,
+    };
+    if let Some(path) = &arguments.mistakes {
+        write_file(path, |out| Ok(judgement.write_mistakes_csv(out)?))?;
+    }
+    let mut stdout = global.stdout();
+    match arguments.format {
+        ReportFormat::Json => judgement.write_json(&mut stdout)?,
+        ReportFormat::Text => judgement.write_text(&mut stdout)?,
+    }
+    Ok(Outcome::of(evaluation.images() as usize, unreadable))
+}
+
+/// What the network said.
+struct Measured {
+    evaluation: Evaluation,
+    /// `[N, classes]`, where they were asked for.
+    logits: Vec<f32>,
+    unreadable: usize,
+}
+
+fn measure(
+    global: &Global,
+    mut runner: Runner,
+    plan: &BatchPlan,
+    classes: usize,
+    temperature: f64,
+    keep_logits: bool,
+) -> anyhow::Result<Measured> {
+    let mut measured = Measured {
+        evaluation: Evaluation::new(classes, temperature),
+        logits: Vec::new(),
+        unreadable: 0,
+    };
+    let bar = progress(global, plan.samples.len());
+    for batch in plan.evaluation().context("cannot start threads")? {
+        for image in &batch.skipped {
+            let line = format!("{}: {}", image.name.escape_debug(), image.reason);
+            bar.suspend(|| complain(&line));
+        }
+        measured.unreadable += batch.skipped.len();
+        if !batch.labels.is_empty() {
+            let logits = runner.run(&batch.pixels, batch.labels.len())?;
+            let evaluation = &mut measured.evaluation;
+            evaluation.add(&logits, &batch.labels, &batch.samples);
+            if keep_logits {
+                measured.logits.extend(logits);
+            }
+        }
+        bar.inc((batch.labels.len() + batch.skipped.len()) as u64);
+    }
+    bar.finish_and_clear();
+    Ok(measured)
+}
+
+fn progress(global: &Global, images: usize) -> ProgressBar {
+    if global.quiet || !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let template = "{bar:24} {pos}/{len} images, {per_sec}, {eta} left";
+    let style = ProgressStyle::with_template(template);
+    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(images as u64).with_style(style)
+}
+
+/// Finds the best temperature, writes it into the model file, and counts anew with it.
+fn calibrate(
+    file: &Path,
+    evaluation: &mut Evaluation,
+    logits: &[f32],
+    before: f64,
+) -> anyhow::Result<Calibration> {
+    let (labels, samples): (Vec<usize>, Vec<usize>) = evaluation
+        .verdicts()
+        .iter()
+        .map(|v| (v.label as usize, v.sample as usize))
+        .unzip();
+    let Some(temperature) = best_temperature(logits, &labels) else {
+        let why = if evaluation.accuracy() == 1.0 {
+            "every image is named rightly, so that no temperature is the best (give images that are harder, or more of them)"
+        } else {
+            "no temperature from 0.01 to 100 is the best: the loss falls towards one end"
+        };
+        bail!("--calibrate: {why}; {} is as it was", file.display());
+    };
+    let classes = logits.len() / labels.len();
+    let mut after = Evaluation::new(classes, temperature);
+    after.add(logits, &labels, &samples);
+    let calibration = Calibration {
+        temperature_before: before,
+        temperature,
+        loss_before: evaluation.loss(),
+        loss: after.loss(),
+        calibration_error_before: evaluation.reliability().error(),
+        calibration_error: after.reliability().error(),
+    };
+    set_temperature(file, temperature)
+        .with_context(|| format!("--calibrate: {} is as it was", file.display()))?;
+    *evaluation = after;
+    Ok(calibration)
+}
+
+/// Writes a file whole or not at all.
+fn write_file(
+    path: &Path,
+    write: impl FnOnce(&mut BufWriter<File>) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    }
+    let written = write_whole(path, |temporary| {
+        let mut out = BufWriter::new(File::create(temporary)?);
+        write(&mut out).map_err(io::Error::other)?;
+        out.into_inner().map(drop).map_err(Into::into)
+    });
+    written.with_context(|| path.display().to_string())
+}
