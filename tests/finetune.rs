@@ -46,7 +46,8 @@ fn photos() -> TempDir {
 fn small(data: &Path, out: &Path) -> Vec<String> {
     let text = |path: &Path| path.to_str().unwrap().to_string();
     let options = "-m shufflenet_v2_x0_5 --from-scratch --image-size 32 --epochs 3 -b 4 \
-        --accumulate 2 --ema=0.9 --augment light --label-smoothing 0.1 --clip-norm 1 \
+        --accumulate 2 --ema=0.9 --augment trivial --color-jitter 0.3 --hue-jitter 0.1 \
+        --random-erasing 0.3 --mixup 0.2 --cutmix 1 --label-smoothing 0.1 --clip-norm 1 \
         --class-weights auto -j 2";
     let mut all = vec!["finetune".into(), text(data), "-o".into(), text(out)];
     all.extend(options.split_whitespace().map(String::from));
@@ -432,11 +433,13 @@ fn mistakes_are_one_clear_error() {
     let runs = tempfile::tempdir().unwrap();
     let out = runs.path().join("run");
     let base = head(data.path(), &out);
-    let cases: [(&[&str], &str); 6] = [
+    let cases: [(&[&str], &str); 8] = [
         (&["--lr", "0"], "--lr: expected a number above 0"),
         (&["--val-split", "1"], "--val-split: expected"),
         (&["--label-smoothing", "1"], "--label-smoothing: expected"),
         (&["--ema=2"], "--ema: expected"),
+        (&["--mixup=-1"], "--mixup: expected"),
+        (&["--hue-jitter", "0.6"], "--hue-jitter: expected 0 to 0.5"),
         (&["--lr", "1e36"], "--warmup"),
         (
             &["-m", "resnet18"],

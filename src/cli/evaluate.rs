@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{Global, Outcome, ReportFormat, complain};
-use crate::data::{self, Augment, BatchPlan, Decoder, LabelledImages, Part, Sample};
+use crate::data::{self, Augmentation, BatchPlan, Decoder, LabelledImages, Part, Sample};
 use crate::exec::Runner;
 use crate::report::{Calibration, Judgement};
 use crate::train::{Evaluation, best_temperature};
@@ -120,7 +120,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
             background: arguments.background,
         },
         preprocessing: model.preprocessing,
-        augment: Augment::None,
+        augmentation: Augmentation::NONE,
         batch_size: arguments.batch_size.get(),
         seed: global.seed(),
         threads: global.threads(),

@@ -124,10 +124,28 @@ struct Given {
     /// Whether classes of few images count more [default: none]
     #[arg(long, value_enum)]
     class_weights: Option<Weighting>,
-    /// How training images vary: light is random parts and mirror images [default: light; none for
-    /// MNIST's digits and with a frozen backbone]
+    /// How training images vary: light is random parts and mirror images, trivial adds one operation
+    /// of any strength (TrivialAugmentWide), rand two of medium strength (RandAugment) [default:
+    /// light; none for MNIST's digits and with a frozen backbone]
     #[arg(long, value_enum)]
     augment: Option<Augmentation>,
+    /// Vary brightness, contrast and saturation by up to this share [default: 0]
+    #[arg(long, value_name = "F")]
+    color_jitter: Option<f64>,
+    /// Turn the hue by up to this part of the circle, at most 0.5 [default: 0]
+    #[arg(long, value_name = "F")]
+    hue_jitter: Option<f64>,
+    /// Erase a rectangle of an image with this probability [default: 0]
+    #[arg(long, value_name = "P")]
+    random_erasing: Option<f64>,
+    /// Average images of a batch, and their classes, by shares from a beta distribution with this
+    /// alpha: 0.2 is usual [default: 0, not at all]
+    #[arg(long, value_name = "ALPHA")]
+    mixup: Option<f64>,
+    /// Put a rectangle of another image in place, its area from a beta distribution with this alpha:
+    /// 1 is usual; with --mixup, one or the other at random [default: 0, not at all]
+    #[arg(long, value_name = "ALPHA")]
+    cutmix: Option<f64>,
     /// Judge and keep a moving average of the weights, with this decay [0.999 where no number is
     /// given]
     #[arg(long, value_name = "F", num_args = 0..=1, default_missing_value = "0.999", require_equals = true)]
@@ -177,6 +195,8 @@ enum Weighting {
 enum Augmentation {
     None,
     Light,
+    Trivial,
+    Rand,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum, Serialize)]
@@ -400,6 +420,11 @@ fn resolve_settings(table: Table, config: Option<&Path>) -> anyhow::Result<Setti
         layer_decay = 1.0
         schedule = "cosine"
         label_smoothing = 0.0
+        color_jitter = 0.0
+        hue_jitter = 0.0
+        random_erasing = 0.0
+        mixup = 0.0
+        cutmix = 0.0
         class_weights = "none"
         metric = "accuracy"
         exact = false

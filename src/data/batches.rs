@@ -3,7 +3,7 @@ use std::sync::Arc;
 use super::dataset::shuffle;
 use super::pipeline::{Budget, Next, Pipeline};
 use super::random::{Purpose, generator};
-use super::{Augment, Decoder, ImageError, Sample};
+use super::{Augmentation, Decoder, ImageError, Mix, Sample};
 use crate::models::Preprocessing;
 
 /// How samples become batches.
@@ -12,7 +12,7 @@ pub struct BatchPlan {
     pub samples: Arc<[Sample]>,
     pub decoder: Decoder,
     pub preprocessing: Preprocessing,
-    pub augment: Augment,
+    pub augmentation: Augmentation,
     pub batch_size: usize,
     pub seed: u64,
     pub threads: usize,
@@ -26,6 +26,9 @@ pub struct Batch {
     pub samples: Vec<usize>,
     /// Their classes.
     pub labels: Vec<usize>,
+    /// Where each image is mixed with the one before it (the first with the last): how much of it,
+    /// and of its class, is its own.
+    pub own_share: Option<f64>,
     /// Samples that should be here and could not be read.
     pub skipped: Vec<Skipped>,
 }
@@ -44,6 +47,31 @@ pub struct Batches {
     batch_size: usize,
     /// Samples still to come.
     left: usize,
+    mixing: Option<Mixing>,
+}
+
+/// What mixes the batches of one epoch.
+struct Mixing {
+    augmentation: Augmentation,
+    /// Height and width of the images.
+    size: usize,
+    seed: u64,
+    epoch: u64,
+    /// The next batch's place in the epoch.
+    batch: u64,
+}
+
+impl Mixing {
+    /// Mixes the next batch.
+    fn mix(&mut self, batch: &mut Batch) {
+        let Augmentation { mixup, cutmix, .. } = self.augmentation;
+        let mut rng = generator(self.seed, Purpose::Mix, self.epoch, self.batch);
+        self.batch += 1;
+        if let Some(mix) = Mix::draw(mixup, cutmix, [self.size; 2], &mut rng) {
+            mix.apply(&mut batch.pixels, self.size * self.size * 3, self.size);
+            batch.own_share = Some(mix.own());
+        }
+    }
 }
 
 impl BatchPlan {
@@ -80,7 +108,15 @@ impl BatchPlan {
     pub fn training(&self, epoch: u64, first: usize) -> std::io::Result<Batches> {
         let mut order = self.order(epoch);
         order.drain(..(first * self.batch_size).min(order.len()));
-        self.start(order, Some(epoch))
+        let mut batches = self.start(order, Some(epoch))?;
+        batches.mixing = Some(Mixing {
+            augmentation: self.augmentation,
+            size: self.preprocessing.crop,
+            seed: self.seed,
+            epoch,
+            batch: first as u64,
+        });
+        Ok(batches)
     }
 
     /// All samples in their order, prepared as for classification.
@@ -100,6 +136,7 @@ impl BatchPlan {
             samples: self.samples.clone(),
             batch_size: self.batch_size,
             left,
+            mixing: None,
         })
     }
 
@@ -115,7 +152,8 @@ impl BatchPlan {
         Ok(match epoch {
             Some(epoch) => {
                 let mut rng = generator(self.seed, Purpose::Augment, epoch, index as u64);
-                self.augment.prepare(&image, &self.preprocessing, &mut rng)
+                self.augmentation
+                    .prepare(&image, &self.preprocessing, &mut rng)
             }
             None => super::prepare(&image, &self.preprocessing),
         })
@@ -134,6 +172,7 @@ impl Iterator for Batches {
             pixels: Vec::new(),
             samples: Vec::with_capacity(count),
             labels: Vec::with_capacity(count),
+            own_share: None,
             skipped: Vec::new(),
         };
         for _ in 0..count {
@@ -158,6 +197,9 @@ impl Iterator for Batches {
             }
         }
         self.left -= count;
+        if let Some(mixing) = &mut self.mixing {
+            mixing.mix(&mut batch);
+        }
         Some(batch)
     }
 }
@@ -201,7 +243,7 @@ mod tests {
                 background: None,
             },
             preprocessing: Preprocessing::torchvision(2, 2).normalized([0.0; 3], [1.0; 3]),
-            augment: Augment::None,
+            augmentation: Augmentation::NONE,
             batch_size,
             seed: 5,
             threads,

@@ -14,7 +14,10 @@ mod preprocess;
 mod random;
 mod resize;
 
-pub use augment::{Augment, random_part, resized_part};
+pub use augment::{
+    Augment, Augmentation, Mix, Operation, color_jitter, erased_part, rand_augment, random_part,
+    resized_part, trivial_augment,
+};
 pub use batches::{Batch, BatchPlan, Batches, Skipped};
 pub use dataset::{Dataset, DatasetError, Picture, Sample};
 pub use decode::{Decoder, ImageError, Rgb, parse_color};

@@ -8,6 +8,7 @@ pub enum Purpose {
     Order,
     Augment,
     Dropout,
+    Mix,
 }
 
 /// The generator for one purpose at one place of a run: a function of the seed and the place

@@ -12,7 +12,7 @@ use candle_core::{Device, Tensor, Var};
 use serde::Serialize;
 
 use super::groups::{frozen_names, groups};
-use super::loss::{CrossEntropy, Targets};
+use super::loss::{CrossEntropy, Targets, mixed_targets};
 use super::metrics::Evaluation;
 use super::optimizer::Optimizer;
 use super::schedule::Schedule;
@@ -20,7 +20,7 @@ use super::settings::{ClassWeights, Metric, Settings};
 use super::slices::Workers;
 use super::source::{Features, Source};
 use super::state::{Best, Progress, State, StateError, WEIGHTS};
-use crate::data::{Augment, BatchPlan, Dataset, Decoder, Purpose, Sample, Skipped, generator};
+use crate::data::{Augmentation, BatchPlan, Dataset, Decoder, Purpose, Sample, Skipped, generator};
 use crate::exec::cpu::{Options, PlanError};
 use crate::exec::params::{Params, TensorMap, TensorSource};
 use crate::exec::{HeadStep, Runner, TrainingStep, Variables, head_logits, training_step};
@@ -226,7 +226,7 @@ impl Run {
         format!("{hash:016x}")
     }
 
-    fn batch_plan(&self, samples: &[Sample], augment: Augment) -> BatchPlan {
+    fn batch_plan(&self, samples: &[Sample], augmentation: Augmentation) -> BatchPlan {
         BatchPlan {
             samples: samples.into(),
             decoder: Decoder {
@@ -234,7 +234,7 @@ impl Run {
                 background: None,
             },
             preprocessing: self.model.preprocessing,
-            augment,
+            augmentation,
             batch_size: self.settings.batch_size,
             seed: self.settings.seed,
             threads: self.threads,
@@ -315,8 +315,8 @@ impl Fitting {
             let (node, _) = graph.features();
             let mut runner = Runner::new(graph.clone(), &vb, size, node, options)?;
             let plain = [&run.dataset.train, &run.dataset.validation]
-                .map(|samples| run.batch_plan(samples, Augment::None));
-            let reused = settings.augment == Augment::None;
+                .map(|samples| run.batch_plan(samples, Augmentation::NONE));
+            let reused = settings.augmentation() == Augmentation::NONE;
             let total =
                 run.dataset.validation.len() + if reused { run.dataset.train.len() } else { 0 };
             let mut before = 0;
@@ -345,13 +345,13 @@ impl Fitting {
             let Some(validation) = compute(&plain[1])? else {
                 return Ok(None);
             };
-            let plan = run.batch_plan(&run.dataset.train, settings.augment);
+            let plan = run.batch_plan(&run.dataset.train, settings.augmentation());
             let source = Source::behind(runner, features, plan, &run.device);
             (step, source, Validation::Features(validation))
         } else {
             let step = training_step(graph.clone(), &variables, options)?;
-            let plan = run.batch_plan(&run.dataset.train, settings.augment);
-            let validation = run.batch_plan(&run.dataset.validation, Augment::None);
+            let plan = run.batch_plan(&run.dataset.train, settings.augmentation());
+            let validation = run.batch_plan(&run.dataset.validation, Augmentation::NONE);
             let source = Source::images(plan, &run.device);
             (step, source, Validation::Images(validation))
         };
@@ -514,7 +514,14 @@ impl Fitting {
             if !batch.labels.is_empty() {
                 let mut dropout = generator(settings.seed, Purpose::Dropout, epoch, index);
                 let logits = self.step.forward(&batch.tensor, &mut dropout)?;
-                let targets = Targets::Classes(&batch.labels);
+                let mixed = batch.own_share.map(|own| {
+                    let classes = self.run.dataset.classes.len();
+                    mixed_targets(&batch.labels, own, classes)
+                });
+                let targets = match &mixed {
+                    Some(distributions) => Targets::Distributions(distributions),
+                    None => Targets::Classes(&batch.labels),
+                };
                 let (loss, at_logits) = self.loss.loss(&logits, targets)?;
                 if !loss.is_finite() {
                     return Err(self.diverged("loss", loss, index, rate));

@@ -10,6 +10,18 @@ pub enum Targets<'a> {
     Distributions(&'a [f32]),
 }
 
+/// Distributions `[N, classes]` of images that are mixed with the one before them (the first with the
+/// last): the share `own` of each target is its own class's.
+pub fn mixed_targets(labels: &[usize], own: f64, classes: usize) -> Vec<f32> {
+    let mut targets = vec![0.0; labels.len() * classes];
+    let before = labels.iter().cycle().skip(labels.len().saturating_sub(1));
+    for ((row, &label), &other) in targets.chunks_exact_mut(classes).zip(labels).zip(before) {
+        row[other] += (1.0 - own) as f32;
+        row[label] += own as f32;
+    }
+    targets
+}
+
 /// Cross entropy as PyTorch defines it, averaged over the batch.
 #[derive(Clone, Debug, Default)]
 pub struct CrossEntropy {

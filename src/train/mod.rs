@@ -21,7 +21,7 @@ pub use fit::{
     Run, Summary, TrainError,
 };
 pub use groups::{frozen_names, groups};
-pub use loss::{CrossEntropy, Targets};
+pub use loss::{CrossEntropy, Targets, mixed_targets};
 pub use metrics::{ClassMetrics, Evaluation, Verdict};
 pub use optimizer::{Group, Optimizer, Rule};
 pub use schedule::{Schedule, Shape};

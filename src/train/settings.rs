@@ -2,7 +2,7 @@ use serde::{Deserialize, Serialize};
 
 use super::optimizer::Rule;
 use super::schedule::{Schedule, Shape};
-use crate::data::Augment;
+use crate::data::{Augment, Augmentation};
 
 /// Everything that a run follows from, but for the machine: what config.toml holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -25,6 +25,16 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image_size: Option<usize>,
     pub augment: Augment,
+    /// Brightness, contrast and saturation vary by factors of 1 plus or minus up to this.
+    pub color_jitter: f64,
+    /// The hue turns by up to this part of the circle.
+    pub hue_jitter: f64,
+    /// How probable it is that a rectangle of an image is erased.
+    pub random_erasing: f64,
+    /// Alpha of the beta distribution that images of a batch are averaged by; 0: they are not.
+    pub mixup: f64,
+    /// The same for a rectangle of another image put in place.
+    pub cutmix: f64,
     /// Share of every class to validate on, where the data do not say.
     pub val_split: f64,
     /// Images of more pixels are not read.
@@ -113,6 +123,18 @@ impl Settings {
         }
     }
 
+    /// All that varies training images.
+    pub fn augmentation(&self) -> Augmentation {
+        Augmentation {
+            augment: self.augment,
+            color_jitter: self.color_jitter,
+            hue_jitter: self.hue_jitter,
+            random_erasing: self.random_erasing,
+            mixup: self.mixup,
+            cutmix: self.cutmix,
+        }
+    }
+
     /// The rate over a run whose epochs have so many steps.
     pub fn schedule(&self, steps_per_epoch: u64) -> Schedule {
         Schedule {
@@ -128,6 +150,7 @@ impl Settings {
     pub fn check(&self) -> Result<(), (&'static str, &'static str)> {
         let share = |v: f64| (0.0..1.0).contains(&v);
         let positive = |v: f64| v > 0.0 && v.is_finite();
+        let least_0 = |v: f64| v >= 0.0 && v.is_finite();
         let checks = [
             (self.epochs > 0, "epochs", "at least 1"),
             (self.batch_size > 0, "batch-size", "at least 1"),
@@ -174,6 +197,23 @@ impl Settings {
                 "ema",
                 "above 0, below 1",
             ),
+            (
+                least_0(self.color_jitter),
+                "color-jitter",
+                "a number, 0 or more",
+            ),
+            (
+                (0.0..=0.5).contains(&self.hue_jitter),
+                "hue-jitter",
+                "0 to 0.5",
+            ),
+            (
+                (0.0..=1.0).contains(&self.random_erasing),
+                "random-erasing",
+                "0 to 1",
+            ),
+            (least_0(self.mixup), "mixup", "a number, 0 or more"),
+            (least_0(self.cutmix), "cutmix", "a number, 0 or more"),
             (
                 self.val_split > 0.0 && share(self.val_split),
                 "val-split",

@@ -8,6 +8,8 @@ pub(super) struct Inputs {
     /// Images `[N, 3, H, W]`, or features `[N, F]`.
     pub tensor: Tensor,
     pub labels: Vec<usize>,
+    /// As [`Batch::own_share`].
+    pub own_share: Option<f64>,
     pub skipped: Vec<Skipped>,
 }
 
@@ -161,6 +163,7 @@ impl Source {
         Ok(Inputs {
             tensor,
             labels: batch.labels,
+            own_share: batch.own_share,
             skipped: batch.skipped,
         })
     }
@@ -177,6 +180,7 @@ impl Source {
         Ok(Inputs {
             tensor: features.tensor.index_select(&rows, 0)?,
             labels,
+            own_share: None,
             skipped: Vec::new(),
         })
     }

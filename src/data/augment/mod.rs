@@ -1,4 +1,11 @@
-//! Random changes to training images, as torchvision defines them.
+//! Random changes to training images, as torchvision defines them and puts them one after the
+//! other in its reference training: a part of the picture, its mirror image, an automatic policy or
+//! colour jitter on 8-bit values; then, on normalised values, random erasing; and mixup or cutmix of
+//! a batch.
+
+mod mix;
+mod ops;
+mod policy;
 
 use std::ops::Range;
 
@@ -7,9 +14,13 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::Rgb;
-use super::preprocess::normalize;
+use super::preprocess::{crop_pixels, normalize};
 use super::resize::resize;
 use crate::models::{Interpolation, Preprocessing};
+
+pub use mix::Mix;
+pub use ops::Operation;
+pub use policy::{color_jitter, erased_part, rand_augment, trivial_augment};
 
 /// `--augment`: how training images vary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,31 +30,86 @@ pub enum Augment {
     None,
     /// A random part of the image ([`random_part`]), mirrored half of the time.
     Light,
+    /// The same, then one operation of any strength: TrivialAugmentWide.
+    Trivial,
+    /// The same, then two operations of medium strength: RandAugment.
+    Rand,
 }
 
-impl Augment {
+/// All that varies training images.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Augmentation {
+    pub augment: Augment,
+    /// Brightness, contrast and saturation are each multiplied with 1 plus or minus up to this.
+    pub color_jitter: f64,
+    /// The hue turns by up to this part of the circle, at most 0.5.
+    pub hue_jitter: f64,
+    /// How probable it is that a rectangle is erased.
+    pub random_erasing: f64,
+    /// Alpha of [`Mix`]'s means; 0: none.
+    pub mixup: f64,
+    /// Alpha of [`Mix`]'s patches; 0: none.
+    pub cutmix: f64,
+}
+
+impl Augmentation {
+    /// Images as for classification.
+    pub const NONE: Self = Self {
+        augment: Augment::None,
+        color_jitter: 0.0,
+        hue_jitter: 0.0,
+        random_erasing: 0.0,
+        mixup: 0.0,
+        cutmix: 0.0,
+    };
+
     /// A training image `[crop, crop, 3]`.
     pub fn prepare(
-        self,
+        &self,
         image: &Rgb,
         preprocessing: &Preprocessing,
         rng: &mut ChaCha8Rng,
     ) -> Vec<f32> {
-        match self {
-            Augment::None => super::prepare(image, preprocessing),
-            Augment::Light => {
-                let size = preprocessing.crop;
-                let [columns, rows] = random_part(image.width, image.height, rng);
-                let mut pixels =
-                    resized_part(image, columns, rows, size, preprocessing.interpolation);
-                if rng.random::<bool>() {
-                    for row in pixels.chunks_exact_mut(size * 3) {
-                        mirror_row(row);
-                    }
+        let size = preprocessing.crop;
+        let mut pixels = if self.augment == Augment::None {
+            crop_pixels(image, preprocessing)
+        } else {
+            let [columns, rows] = random_part(image.width, image.height, rng);
+            let mut pixels = resized_part(image, columns, rows, size, preprocessing.interpolation);
+            if rng.random::<bool>() {
+                for row in pixels.chunks_exact_mut(size * 3) {
+                    mirror_row(row);
                 }
-                normalize(&pixels, preprocessing)
+            }
+            pixels
+        };
+        let mut operations = Vec::new();
+        match self.augment {
+            Augment::None | Augment::Light => {}
+            Augment::Trivial => operations.push(trivial_augment(rng)),
+            Augment::Rand => operations.extend(rand_augment([size; 2], rng)),
+        }
+        operations.extend(color_jitter(self.color_jitter, self.hue_jitter, rng));
+        if !operations.is_empty() {
+            let mut image = Rgb {
+                width: size,
+                height: size,
+                pixels,
+            };
+            operations.iter().for_each(|o| o.apply(&mut image));
+            pixels = image.pixels;
+        }
+        let mut values = normalize(&pixels, preprocessing);
+        if self.random_erasing > 0.0
+            && rng.random_bool(self.random_erasing.min(1.0))
+            && let Some([columns, rows]) = erased_part([size; 2], rng)
+        {
+            for y in rows {
+                let row = y * size * 3;
+                values[row + columns.start * 3..row + columns.end * 3].fill(0.0);
             }
         }
+        values
     }
 }
 
