@@ -9,7 +9,9 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{Global, Outcome, ReportFormat, complain};
-use crate::data::{self, Augmentation, BatchPlan, Decoder, LabelledImages, Part, Sample};
+use crate::data::{
+    self, Augmentation, BatchPlan, Cache, CacheLimit, Decoder, LabelledImages, Part, Sample,
+};
 use crate::exec::Runner;
 use crate::report::{Calibration, Judgement};
 use crate::train::{Evaluation, best_temperature};
@@ -113,8 +115,11 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     let device = global.device.open()?;
     let size = [model.preprocessing.crop; 2];
     let runner = model.runner(&device, size, global.plan_options())?;
+    let samples: Arc<[Sample]> = samples.collect();
     let plan = BatchPlan {
-        samples: samples.collect(),
+        // Each is read once.
+        cache: Cache::new(samples.len(), CacheLimit::default()),
+        samples,
         decoder: Decoder {
             max_pixels: arguments.max_pixels,
             background: arguments.background,

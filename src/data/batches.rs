@@ -1,15 +1,18 @@
 use std::sync::Arc;
 
+use super::cache::{Cache, Kept};
 use super::dataset::shuffle;
 use super::pipeline::{Budget, Next, Pipeline};
 use super::random::{Purpose, generator};
-use super::{Augmentation, Decoder, ImageError, Mix, Sample};
+use super::{Augment, Augmentation, Decoder, ImageError, Mix, Rgb, Sample, crop_pixels, normalize};
 use crate::models::Preprocessing;
 
 /// How samples become batches.
 #[derive(Clone)]
 pub struct BatchPlan {
     pub samples: Arc<[Sample]>,
+    /// What is kept of them from one pass to the next.
+    pub cache: Cache,
     pub decoder: Decoder,
     pub preprocessing: Preprocessing,
     pub augmentation: Augmentation,
@@ -146,17 +149,41 @@ impl BatchPlan {
         epoch: Option<u64>,
         budget: &Budget,
     ) -> Result<Vec<f32>, ImageError> {
+        let preprocessing = &self.preprocessing;
+        let Some(epoch) = epoch else {
+            return Ok(normalize(&self.crop(index, budget)?, preprocessing));
+        };
+        let mut rng = generator(self.seed, Purpose::Augment, epoch, index as u64);
+        let augmentation = &self.augmentation;
+        if augmentation.augment == Augment::None {
+            let pixels = self.crop(index, budget)?.to_vec();
+            return Ok(augmentation.finish(pixels, preprocessing, &mut rng));
+        }
+        if let Some(Kept::Whole(image)) = self.cache.get(index) {
+            return Ok(augmentation.prepare(image, preprocessing, &mut rng));
+        }
+        let image = Arc::new(self.decode(index, budget)?);
+        let prepared = augmentation.prepare(&image, preprocessing, &mut rng);
+        self.cache.keep(index, &Kept::Whole(image));
+        Ok(prepared)
+    }
+
+    fn decode(&self, index: usize, budget: &Budget) -> Result<Rgb, ImageError> {
         let source = self.samples[index].picture.read(&self.decoder)?;
         let _share = budget.take(source.needed());
-        let image = source.decode(&self.decoder)?;
-        Ok(match epoch {
-            Some(epoch) => {
-                let mut rng = generator(self.seed, Purpose::Augment, epoch, index as u64);
-                self.augmentation
-                    .prepare(&image, &self.preprocessing, &mut rng)
-            }
-            None => super::prepare(&image, &self.preprocessing),
-        })
+        source.decode(&self.decoder)
+    }
+
+    /// A sample resized and cropped as for classification.
+    fn crop(&self, index: usize, budget: &Budget) -> Result<Arc<[u8]>, ImageError> {
+        let image = match self.cache.get(index) {
+            Some(Kept::Cropped(pixels)) => return Ok(pixels.clone()),
+            Some(Kept::Whole(image)) => image.clone(),
+            None => Arc::new(self.decode(index, budget)?),
+        };
+        let pixels: Arc<[u8]> = crop_pixels(&image, &self.preprocessing).into();
+        self.cache.keep(index, &Kept::Cropped(pixels.clone()));
+        Ok(pixels)
     }
 }
 
@@ -207,7 +234,7 @@ impl Iterator for Batches {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::{IdxImages, Picture};
+    use crate::data::{CacheLimit, IdxImages, Picture};
 
     /// Twenty-one pictures of one colour each, the seventh unreadable.
     fn plan(folder: &std::path::Path, batch_size: usize, threads: usize) -> BatchPlan {
@@ -237,6 +264,7 @@ mod tests {
             },
         );
         BatchPlan {
+            cache: Cache::new(samples.len(), CacheLimit::default()),
             samples: samples.into(),
             decoder: Decoder {
                 max_pixels: 1000,

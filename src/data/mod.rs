@@ -3,6 +3,7 @@
 
 mod augment;
 mod batches;
+mod cache;
 mod dataset;
 mod decode;
 mod idx;
@@ -19,6 +20,7 @@ pub use augment::{
     resized_part, trivial_augment,
 };
 pub use batches::{Batch, BatchPlan, Batches, Skipped};
+pub use cache::{Cache, CacheLimit, default_cache_bytes};
 pub use dataset::{Dataset, DatasetError, Picture, Sample};
 pub use decode::{Decoder, ImageError, Rgb, parse_color};
 pub use idx::{IdxError, IdxImages};

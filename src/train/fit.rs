@@ -20,7 +20,10 @@ use super::settings::{ClassWeights, Metric, Settings};
 use super::slices::Workers;
 use super::source::{Features, Source};
 use super::state::{Best, Progress, State, StateError, WEIGHTS};
-use crate::data::{Augmentation, BatchPlan, Dataset, Decoder, Purpose, Sample, Skipped, generator};
+use crate::data::{
+    Augmentation, BatchPlan, Cache, CacheLimit, Dataset, Decoder, Purpose, Sample, Skipped,
+    generator,
+};
 use crate::exec::cpu::{Options, PlanError};
 use crate::exec::params::{Params, TensorMap, TensorSource};
 use crate::exec::{HeadStep, Runner, TrainingStep, Variables, head_logits, training_step};
@@ -37,6 +40,8 @@ pub struct Run {
     pub dataset: Dataset,
     pub device: Device,
     pub threads: usize,
+    /// Bytes that decoded images may take, so that they need not be decoded in each epoch.
+    pub cache_bytes: u64,
     /// A folder that exists.
     pub out: PathBuf,
     /// Checkpoints within an epoch come that far apart.
@@ -226,9 +231,16 @@ impl Run {
         format!("{hash:016x}")
     }
 
-    fn batch_plan(&self, samples: &[Sample], augmentation: Augmentation) -> BatchPlan {
+    /// Of each image of the plan, at most `limit` bytes in all are kept.
+    fn batch_plan(
+        &self,
+        samples: &[Sample],
+        augmentation: Augmentation,
+        limit: &CacheLimit,
+    ) -> BatchPlan {
         BatchPlan {
             samples: samples.into(),
+            cache: Cache::new(samples.len(), limit.clone()),
             decoder: Decoder {
                 max_pixels: self.settings.max_pixels,
                 background: None,
@@ -310,12 +322,14 @@ impl Fitting {
         }
         let mut named = BTreeSet::new();
         let options = Options::threads(run.threads).exact(settings.exact);
+        let limit = CacheLimit::new(run.cache_bytes);
         let (step, source, validation) = if settings.freeze == "backbone" {
             let step: Box<dyn TrainingStep> = Box::new(HeadStep::new(&graph, &variables)?);
             let (node, _) = graph.features();
             let mut runner = Runner::new(graph.clone(), &vb, size, node, options)?;
             let plain = [&run.dataset.train, &run.dataset.validation]
-                .map(|samples| run.batch_plan(samples, Augmentation::NONE));
+                // Each is read once.
+                .map(|samples| run.batch_plan(samples, Augmentation::NONE, &CacheLimit::default()));
             let reused = settings.augmentation() == Augmentation::NONE;
             let total =
                 run.dataset.validation.len() + if reused { run.dataset.train.len() } else { 0 };
@@ -345,13 +359,14 @@ impl Fitting {
             let Some(validation) = compute(&plain[1])? else {
                 return Ok(None);
             };
-            let plan = run.batch_plan(&run.dataset.train, settings.augmentation());
+            let plan = run.batch_plan(&run.dataset.train, settings.augmentation(), &limit);
             let source = Source::behind(runner, features, plan, &run.device);
             (step, source, Validation::Features(validation))
         } else {
             let step = training_step(graph.clone(), &variables, options)?;
-            let plan = run.batch_plan(&run.dataset.train, settings.augmentation());
-            let validation = run.batch_plan(&run.dataset.validation, Augmentation::NONE);
+            let plan = run.batch_plan(&run.dataset.train, settings.augmentation(), &limit);
+            let validation = &run.dataset.validation;
+            let validation = run.batch_plan(validation, Augmentation::NONE, &limit);
             let source = Source::images(plan, &run.device);
             (step, source, Validation::Images(validation))
         };

@@ -70,19 +70,21 @@ impl Augmentation {
         preprocessing: &Preprocessing,
         rng: &mut ChaCha8Rng,
     ) -> Vec<f32> {
-        let size = preprocessing.crop;
-        let mut pixels = if self.augment == Augment::None {
-            crop_pixels(image, preprocessing)
-        } else {
-            let [columns, rows] = random_part(image.width, image.height, rng);
-            let mut pixels = resized_part(image, columns, rows, size, preprocessing.interpolation);
-            if rng.random::<bool>() {
-                for row in pixels.chunks_exact_mut(size * 3) {
-                    mirror_row(row);
-                }
-            }
-            pixels
+        let pixels = match self.augment {
+            Augment::None => crop_pixels(image, preprocessing),
+            _ => light(image, preprocessing, rng),
         };
+        self.finish(pixels, preprocessing, rng)
+    }
+
+    /// What comes after the crop, 8-bit `[crop, crop, 3]`.
+    pub(super) fn finish(
+        &self,
+        mut pixels: Vec<u8>,
+        preprocessing: &Preprocessing,
+        rng: &mut ChaCha8Rng,
+    ) -> Vec<f32> {
+        let size = preprocessing.crop;
         let mut operations = Vec::new();
         match self.augment {
             Augment::None | Augment::Light => {}
@@ -111,6 +113,19 @@ impl Augmentation {
         }
         values
     }
+}
+
+/// A random part of the image, mirrored half of the time.
+fn light(image: &Rgb, preprocessing: &Preprocessing, rng: &mut ChaCha8Rng) -> Vec<u8> {
+    let size = preprocessing.crop;
+    let [columns, rows] = random_part(image.width, image.height, rng);
+    let mut pixels = resized_part(image, columns, rows, size, preprocessing.interpolation);
+    if rng.random::<bool>() {
+        for row in pixels.chunks_exact_mut(size * 3) {
+            mirror_row(row);
+        }
+    }
+    pixels
 }
 
 fn mirror_row(row: &mut [u8]) {
