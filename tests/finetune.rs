@@ -482,9 +482,12 @@ fn unreadable_images_are_named_once_and_left_out() {
     fs::write(data.path().join("cat/broken.png"), "no image").unwrap();
     let runs = tempfile::tempdir().unwrap();
     let out = runs.path().join("run");
-    let output = done(&small(data.path(), &out));
+    let output = output(&small(data.path(), &out));
+    // Some inputs failed, the others were done.
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     let text = stderr(&output);
     assert_eq!(text.matches("broken.png").count(), 1, "{text}");
+    assert!(text.contains("left out as unreadable: 1"), "{text}");
     for class in ["cat", "coffee", "photographer"] {
         for entry in fs::read_dir(data.path().join(class)).unwrap() {
             fs::write(entry.unwrap().path(), "no image").unwrap();

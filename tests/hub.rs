@@ -127,7 +127,9 @@ fn git_sha1(bytes: &[u8]) -> String {
 }
 
 /// `/OWNER/NAME/resolve/REVISION/FILE` is the hub, `/cdn/OWNER/NAME/FILE` where large files lie,
-/// `/models/FILE` torchvision's server, `/loop` an endless redirect.
+/// `/models/FILE` torchvision's server, `/loop` an endless redirect. Data sets are at
+/// `/datasets/OWNER/NAME/resolve/REVISION/FILE`, files of another revision than main under
+/// `datasets/OWNER/NAME@REVISION/FILE`, and `/api/datasets/OWNER/NAME/revision/REVISION` lists them.
 fn answer(state: &State, stream: TcpStream, port: u16) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut line = String::new();
@@ -173,13 +175,38 @@ fn answer(state: &State, stream: TcpStream, port: u16) -> std::io::Result<()> {
         return reply(302, "Location: /loop\r\n", b"", 0);
     }
     let segments: Vec<&str> = path.trim_start_matches('/').split('/').collect();
-    let name = match segments[..] {
-        [owner, repo, "resolve", _, ref file @ ..] => format!("{owner}/{repo}/{}", file.join("/")),
-        ["cdn", ref rest @ ..] => rest.join("/"),
+    let page = b"<html>not found</html>";
+    let folder = |repository: &[&str], revision: &str| match (repository[0], revision) {
+        ("datasets", revision) if revision != "main" => {
+            format!("{}@{revision}", repository.join("/"))
+        }
+        _ => repository.join("/"),
+    };
+    if let ["api", ref repository @ .., "revision", revision] = segments[..] {
+        let root = format!("{}/", folder(repository, revision));
+        let files = state.files.keys().filter_map(|key| key.strip_prefix(&root));
+        let mut files: Vec<&str> = files.collect();
+        files.sort();
+        if files.is_empty() {
+            let header = "X-Error-Code: RevisionNotFound\r\n";
+            return reply(404, header, page, page.len());
+        }
+        let files = files
+            .iter()
+            .map(|file| serde_json::json!({"rfilename": file}));
+        let list = serde_json::json!({"siblings": files.collect::<Vec<_>>()}).to_string();
+        return reply(200, "", list.as_bytes(), list.len());
+    }
+    let resolve = segments.iter().position(|segment| *segment == "resolve");
+    let name = match (resolve, &segments[..]) {
+        (Some(at), _) if segments.len() > at + 2 => {
+            let folder = folder(&segments[..at], segments[at + 1]);
+            format!("{folder}/{}", segments[at + 2..].join("/"))
+        }
+        (_, ["cdn", rest @ ..]) => rest.join("/"),
         _ => path.trim_start_matches('/').to_string(),
     };
-    let hub = segments.get(2) == Some(&"resolve");
-    let page = b"<html>not found</html>";
+    let hub = resolve.is_some();
     let Some(file) = state.files.get(&name) else {
         let repository = segments[..segments.len().min(2)].join("/");
         let known = state
@@ -892,4 +919,221 @@ fn downloads_name_what_failed_and_do_the_rest() {
         .take(0)
         .read_to_string(&mut rest)
         .unwrap();
+}
+
+/// A file of tests/golden/datasets.
+#[cfg(feature = "datasets")]
+fn table(name: &str) -> Vec<u8> {
+    common::golden(&format!("datasets/{name}.parquet"))
+}
+
+/// Trains a head for an epoch on `data`, which takes a moment.
+fn finetune(server: &Server, root: &Path, data: &str, more: &[&str]) -> Command {
+    let mut command = sconce(server, root);
+    command
+        .args(["finetune", data, "--force", "--format", "json"])
+        .args("--freeze backbone --image-size 32 --epochs 1 -b 4".split(' '))
+        .args(more)
+        .arg("-o")
+        .arg(root.join("run"));
+    command
+}
+
+fn summary(command: Command, expected: i32) -> (serde_json::Value, String) {
+    let (code, said, complaint) = output(command);
+    assert_eq!(code, Some(expected), "{complaint}");
+    (serde_json::from_str(&said).unwrap(), complaint)
+}
+
+#[test]
+fn image_files_of_a_data_set_are_a_folder_of_classes() {
+    let picture = |name: &str| {
+        let pixels = common::photo(name, 24, 24, 3);
+        let picture = image::RgbImage::from_raw(24, 24, pixels).unwrap();
+        let mut bytes = std::io::Cursor::new(Vec::new());
+        picture
+            .write_to(&mut bytes, image::ImageFormat::Png)
+            .unwrap();
+        bytes.into_inner()
+    };
+    let names = ["train/a/1", "train/a/2", "train/b/1", "val/a/3", "val/b/2"];
+    let names = names.map(|name| format!("datasets/owner/pets/data/{name}.png"));
+    let mut files: Vec<(&str, Vec<u8>, bool)> = names
+        .iter()
+        .map(|name| (name.as_str(), picture(name), false))
+        .collect();
+    files.push(("datasets/owner/pets/README.md", b"text".to_vec(), false));
+    let server = Server::start(&files, false);
+    let root = tempfile::tempdir().unwrap();
+    let command = || finetune(&server, root.path(), "hub:owner/pets", &[]);
+    let (summary_, _) = summary(command(), 0);
+    assert_eq!(
+        (&summary_["train_images"], &summary_["val_images"]),
+        (&3.into(), &2.into())
+    );
+    // Offline, from what is here.
+    let requests = server.log().len();
+    let mut offline = command();
+    offline.env("HF_HUB_OFFLINE", "1");
+    assert_eq!(summary(offline, 0).0["train_images"], 3);
+    assert_eq!(server.log().len(), requests);
+    let (code, _, complaint) = output(finetune(&server, root.path(), "hub:owner/none", &[]));
+    assert_eq!(code, Some(2));
+    assert!(complaint.contains("no such repository"), "{complaint}");
+}
+
+#[test]
+#[cfg(not(feature = "datasets"))]
+fn a_build_without_tables_names_the_feature() {
+    let server = Server::start(
+        &[("datasets/owner/shapes/train.parquet", content(100), false)],
+        false,
+    );
+    let root = tempfile::tempdir().unwrap();
+    for data in ["mnist", "fashion-mnist", "cifar10", "hub:owner/shapes"] {
+        let (code, _, complaint) = output(finetune(&server, root.path(), data, &[]));
+        assert_eq!(code, Some(2));
+        assert!(complaint.contains("--features datasets"), "{complaint}");
+    }
+}
+
+#[test]
+#[cfg(feature = "datasets")]
+fn tables_of_a_data_set_are_read_with_their_classes() {
+    let file = |part: &str| format!("datasets/owner/shapes/data/{part}-00000-of-00001.parquet");
+    let parts = ["train", "validation", "test"];
+    let names = parts.map(file);
+    let mut files: Vec<(&str, Vec<u8>, bool)> = Vec::new();
+    for (part, name) in parts.iter().zip(&names) {
+        files.push((name, table(&format!("shapes-{part}")), true));
+    }
+    let converted = "datasets/owner/words@refs%2Fconvert%2Fparquet/default/train/0000.parquet";
+    files.push((converted, table("words"), true));
+    files.push(("datasets/owner/words/words.tar", content(10), false));
+    let broken = "datasets/owner/broken/train.parquet";
+    files.push((broken, content(2000), true));
+    let server = Server::start(&files, false);
+    let root = tempfile::tempdir().unwrap();
+    let (run, complaint) = summary(finetune(&server, root.path(), "hub:owner/shapes", &[]), 1);
+    assert_eq!(
+        (&run["classes"], &run["train_images"]),
+        (&3.into(), &9.into())
+    );
+    assert_eq!(run["val_images"], 2);
+    assert!(complaint.contains("1 rows have no class"), "{complaint}");
+    assert!(complaint.contains("1 rows have no image"), "{complaint}");
+    assert!(
+        complaint.contains("hub:owner/shapes, train, picture 8: "),
+        "{complaint}"
+    );
+    let model = root.path().join("run/model.safetensors");
+    let mut evaluate = sconce(&server, root.path());
+    evaluate
+        .args([
+            "evaluate",
+            "hub:owner/shapes",
+            "--split",
+            "test",
+            "--format",
+            "json",
+            "-m",
+        ])
+        .arg(model);
+    let (figures, _) = summary(evaluate, 0);
+    assert_eq!(figures["images"], 3);
+    assert_eq!(figures["classes"][2]["label"], "star");
+    // What the hub has converted; the words in a column are the classes.
+    let command = || finetune(&server, root.path(), "hub:owner/words", &[]);
+    let (run, _) = summary(command(), 0);
+    assert_eq!(
+        (&run["classes"], &run["train_images"]),
+        (&2.into(), &4.into())
+    );
+    let requests = server.log().len();
+    let mut offline = command();
+    offline.env("HF_HUB_OFFLINE", "1");
+    assert_eq!(summary(offline, 0).0["train_images"], 4);
+    assert_eq!(server.log().len(), requests);
+    let (code, _, complaint) = output(finetune(&server, root.path(), "hub:owner/broken", &[]));
+    assert_eq!(code, Some(2));
+    assert!(
+        complaint.contains("hub:owner/broken/train.parquet: "),
+        "{complaint}"
+    );
+    assert!(!complaint.contains("panicked"), "{complaint}");
+}
+
+/// candle-datasets gives CIFAR's pictures of the hub laid on their side: read here from files on disk
+/// too, by another reader, they must teach the same.
+#[test]
+#[cfg(feature = "datasets")]
+fn known_data_sets_come_from_the_hub_the_right_way_round() {
+    let hub = |id: &str, configuration: &str, part: &str| {
+        format!("datasets/{id}@refs%2Fconvert%2Fparquet/{configuration}/{part}/0000.parquet")
+    };
+    let sets = [
+        ("mnist", "ylecun/mnist", "mnist"),
+        (
+            "fashion-mnist",
+            "zalando-datasets/fashion_mnist",
+            "fashion_mnist",
+        ),
+        ("cifar10", "cifar10", "plain_text"),
+    ];
+    let mut files: Vec<(String, Vec<u8>)> = Vec::new();
+    for (name, id, configuration) in sets {
+        for part in ["train", "test"] {
+            let kind = if name == "cifar10" { name } else { "mnist" };
+            files.push((
+                hub(id, configuration, part),
+                table(&format!("{kind}-{part}")),
+            ));
+        }
+    }
+    let serve = |files: &[(String, Vec<u8>)]| {
+        let files: Vec<(&str, Vec<u8>, bool)> = files
+            .iter()
+            .map(|(name, bytes)| (name.as_str(), bytes.clone(), true))
+            .collect();
+        Server::start(&files, false)
+    };
+    let server = serve(&files);
+    let root = tempfile::tempdir().unwrap();
+    for (name, ..) in sets {
+        let model = |data: &str| {
+            let (run, _) = summary(finetune(&server, root.path(), data, &[]), 0);
+            let counts = ["classes", "train_images", "val_images"].map(|key| run[key].clone());
+            assert_eq!(counts, [10, 20, 10], "{data}");
+            std::fs::read(root.path().join("run/model.safetensors")).unwrap()
+        };
+        let from_hub = model(name);
+        if name == "fashion-mnist" {
+            let text = String::from_utf8_lossy(&from_hub);
+            assert!(text.contains("Ankle boot"));
+            continue;
+        }
+        let folder = root.path().join(name);
+        for part in ["train", "test"] {
+            let folder = folder.join(part);
+            std::fs::create_dir_all(&folder).unwrap();
+            std::fs::write(
+                folder.join("0000.parquet"),
+                table(&format!("{name}-{part}")),
+            )
+            .unwrap();
+        }
+        let from_disk = model(&format!("{name}:{}", folder.display()));
+        assert!(from_hub == from_disk, "{name}: the models differ");
+    }
+    // One broken picture makes candle-datasets panic.
+    files[5].1 = table("cifar10-broken");
+    let server = serve(&files);
+    let root = tempfile::tempdir().unwrap();
+    let (code, _, complaint) = output(finetune(&server, root.path(), "cifar10", &[]));
+    assert_eq!(code, Some(2));
+    assert!(
+        complaint.contains("hub:cifar10@refs/convert/parquet: a picture in it is broken"),
+        "{complaint}"
+    );
+    assert!(!complaint.contains("panicked"), "{complaint}");
 }

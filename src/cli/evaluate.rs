@@ -2,6 +2,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, IsTerminal};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
@@ -26,7 +27,8 @@ use crate::weights::{Model, match_classes, resolve, set_temperature, write_whole
   sconce evaluate photos.csv --mistakes mistakes.csv
 
 DATA takes the forms of finetune: a folder of class folders; one that holds train/, val/ or test/
-with class folders each; a CSV with the columns path,label[,split]; mnist:DIR, fashion-mnist:DIR.
+with class folders each; a CSV with the columns path,label[,split]; mnist, fashion-mnist or cifar10,
+each also :DIR for files on disk; or hub:OWNER/NAME.
 Classes are named as the network names them, by ImageNet's WordNet ids (n02123045), or by index.")]
 pub struct Arguments {
     /// Images and their classes
@@ -104,6 +106,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         arguments.split.map(Part::from),
         arguments.val_split,
         global.seed(),
+        &global.hub(),
     )?;
     let classes =
         match_classes(&images.classes, &model.labels).with_context(|| arguments.data.clone())?;
@@ -116,6 +119,14 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     let size = [model.preprocessing.crop; 2];
     let runner = model.runner(&device, size, global.plan_options())?;
     let samples: Arc<[Sample]> = samples.collect();
+    images
+        .notices
+        .notes
+        .iter()
+        .for_each(|note| global.note(note));
+    for place in &images.notices.skipped {
+        complain(&format!("{}: {}", place.name.escape_debug(), place.reason));
+    }
     let plan = BatchPlan {
         // Each is read once.
         cache: Cache::new(samples.len(), CacheLimit::default()),
@@ -135,7 +146,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     let Measured {
         mut evaluation,
         logits,
-        unreadable,
+        mut unreadable,
     } = measure(
         global,
         runner,
@@ -144,6 +155,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         temperature,
         calibrated.is_some(),
     )?;
+    unreadable += images.notices.skipped.len();
     global.verbose(|| {
         let seconds = started.elapsed().as_secs_f64();
         let rate = evaluation.images() as f64 / seconds;

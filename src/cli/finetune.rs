@@ -13,7 +13,7 @@ use signal_hook::consts::TERM_SIGNALS;
 use toml::Table;
 
 use super::{DEFAULT_MODEL, Global, Outcome, ReportFormat, complain};
-use crate::data::{Dataset, default_cache_bytes};
+use crate::data::{Dataset, Skipped, default_cache_bytes};
 use crate::exec::params::{LoadReport, TensorSource};
 use crate::hub::Hub;
 use crate::models::Preprocessing;
@@ -34,12 +34,14 @@ use crate::weights::{
   sconce finetune data/ -m resnet18 --weights resnet18.pth -o runs/first --epochs 20
   sconce finetune -o runs/first --resume         go on after Ctrl-C or a crash, as if never stopped
   sconce finetune --config runs/first/config.toml -o runs/second --seed 1
+  sconce finetune flowers/ --augment trivial --mixup 0.2 --cutmix 1 --label-smoothing 0.1
   sconce finetune mnist:mnist/ -m resnet18 --from-scratch --image-size 32
   sconce classify -m runs/first/model.safetensors photo.jpg
 
 DATA is a folder of class folders; one that holds train/ and val/ (or valid/, validation/) with class
-folders each; a CSV with the columns path,label[,split]; or MNIST's files as mnist:DIR or
-fashion-mnist:DIR. Ctrl-C ends the run after the batch, with all of it saved.")]
+folders each; a CSV with the columns path,label[,split]; mnist, fashion-mnist or cifar10, from the
+hub, or from files on disk as mnist:DIR; or an image data set of the hub as hub:OWNER/NAME. Ctrl-C
+ends the run after the batch, with all of it saved.")]
 pub struct Arguments {
     /// Images and their classes
     #[arg(value_name = "DATA", required_unless_present_any = ["resume", "config"])]
@@ -243,8 +245,11 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
             .context("cannot watch for signals")?;
     }
     let mut watcher = Watcher::new(global);
-    for note in notes {
-        watcher.say(&note);
+    for note in run.dataset.notices.notes.iter().chain(&notes) {
+        watcher.say(note);
+    }
+    for place in &run.dataset.notices.skipped {
+        watcher.leave_out(place);
     }
     let out = run.out.clone();
     let labels = run.model.labels.clone();
@@ -271,7 +276,11 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
                 }
                 ReportFormat::Text => write_text(&mut stdout, &summary, &labels)?,
             }
-            Ok(Outcome::AllDone)
+            if watcher.left_out == 0 {
+                return Ok(Outcome::AllDone);
+            }
+            watcher.say(&format!("left out as unreadable: {}", watcher.left_out));
+            Ok(Outcome::SomeFailed)
         }
     }
 }
@@ -321,7 +330,12 @@ fn prepare(global: &Global, arguments: &Arguments) -> anyhow::Result<Prepared> {
     if let Err((name, expected)) = settings.check() {
         bail!("--{name}: expected {expected}");
     }
-    let dataset = Dataset::open(&settings.data, settings.val_split, settings.seed)?;
+    let dataset = Dataset::open(
+        &settings.data,
+        settings.val_split,
+        settings.seed,
+        &global.hub(),
+    )?;
     let (model, source) = match &state {
         Some(state) => {
             let at = &state.progress;
@@ -423,7 +437,8 @@ fn resolve_settings(table: Table, config: Option<&Path>) -> anyhow::Result<Setti
     let sgd = text("optimizer") == Some("sgd");
     let scratch = table.get("from_scratch").and_then(toml::Value::as_bool) == Some(true);
     let head_only = text("freeze") == Some("backbone");
-    let digits = data.starts_with("mnist:") || data.starts_with("fashion-mnist:");
+    let named = data.split(':').next().unwrap_or_default();
+    let digits = named == "mnist" || named == "fashion-mnist";
     let epochs = number("epochs").unwrap_or(10.0);
     let defaults = toml::toml! {
         model = "mobilenet_v2"
@@ -502,7 +517,12 @@ fn check_unchanged(settings: &Settings, given: &Table) -> anyhow::Result<()> {
 /// `runs/DATA-MODEL`
 fn default_out(data: &str, model: &str) -> PathBuf {
     let (kind, path) = match data.split_once(':') {
-        Some((kind, _)) if kind.ends_with("mnist") => (Some(kind), data),
+        Some((kind @ ("mnist" | "fashion-mnist" | "cifar10"), _)) => (Some(kind), data),
+        // The name without its owner and its revision.
+        Some(("hub", id)) => {
+            let id = id.split('@').next().unwrap_or_default();
+            (id.rsplit('/').next(), data)
+        }
         _ => (None, data),
     };
     let stem = |path: &str| {
@@ -565,11 +585,11 @@ fn starting_point(
     }
     let old = model.preprocessing;
     let preprocessing = match settings.image_size {
-        None if !dataset.grey => old,
+        None if !dataset.tiny => old,
         size => {
             let crop = size.unwrap_or(old.crop);
-            // Nothing is cut off a small grey picture.
-            let resize = if dataset.grey {
+            // Nothing is cut off a tiny picture.
+            let resize = if dataset.tiny {
                 crop
             } else {
                 (crop * old.resize + old.crop / 2) / old.crop
@@ -635,6 +655,8 @@ struct Watcher {
     terminal: bool,
     bar: ProgressBar,
     epochs: u64,
+    /// Images and folders that could not be read.
+    left_out: usize,
 }
 
 impl Watcher {
@@ -644,6 +666,7 @@ impl Watcher {
             terminal: !global.quiet && io::stderr().is_terminal(),
             bar: ProgressBar::hidden(),
             epochs: 0,
+            left_out: 0,
         }
     }
 
@@ -653,12 +676,16 @@ impl Watcher {
         }
     }
 
+    /// Names what could not be read.
+    fn leave_out(&mut self, image: &Skipped) {
+        self.left_out += 1;
+        let line = format!("{}: {} (left out)", image.name.escape_debug(), image.reason);
+        self.bar.suspend(|| complain(&line));
+    }
+
     fn see(&mut self, event: Event) {
         match event {
-            Event::Skipped(image) => {
-                let line = format!("{}: {} (left out)", image.name.escape_debug(), image.reason);
-                self.bar.suspend(|| complain(&line));
-            }
+            Event::Skipped(image) => self.leave_out(image),
             Event::Features { done, total } => {
                 self.set_bar(total as u64, done as u64, "frozen part: {pos}/{len} images");
                 if done == total {

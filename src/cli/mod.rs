@@ -211,6 +211,13 @@ impl Global {
     }
 
     /// A note for those who asked for many.
+    /// A line for people, but for those who want quiet.
+    fn note(&self, text: &str) {
+        if !self.quiet {
+            complain(text);
+        }
+    }
+
     fn verbose(&self, note: impl FnOnce() -> String) {
         if self.verbose {
             complain(&note());

@@ -234,7 +234,7 @@ impl Iterator for Batches {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::{CacheLimit, IdxImages, Picture};
+    use crate::data::{CacheLimit, IdxImages, Images, Picture};
 
     /// Twenty-one pictures of one colour each, the seventh unreadable.
     fn plan(folder: &std::path::Path, batch_size: usize, threads: usize) -> BatchPlan {
@@ -245,10 +245,11 @@ mod tests {
         let mut labels = vec![0, 0, 8, 1, 0, 0, 0, 20];
         labels.extend(0..20);
         std::fs::write(folder.join("labels"), labels).unwrap();
-        let images = Arc::new(IdxImages::open(folder, ["images", "labels"]).unwrap());
+        let images = IdxImages::open(folder, ["images", "labels"]).unwrap();
+        let images = Arc::new(Images::Grey(images));
         let mut samples: Vec<Sample> = (0..20)
             .map(|index| Sample {
-                picture: Picture::Grey {
+                picture: Picture::Held {
                     images: images.clone(),
                     index,
                 },

@@ -1,4 +1,4 @@
-//! Labelled images: class folders, lists, MNIST's files.
+//! Labelled images: class folders, lists, and data sets with a name.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -7,17 +7,23 @@ use std::sync::Arc;
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
-use super::idx::{IdxError, IdxImages};
-use super::{Decoder, ImageError, Input, Inputs, Rgb};
+use super::cifar::CifarError;
+use super::held::Images;
+use super::idx::IdxError;
+use super::input::is_image;
+use super::named::{Collection, Named, named};
+use super::twins::twins;
+use super::{Decoder, ImageError, Input, InputError, Inputs, Rgb, Skipped};
 use crate::data::random::{Purpose, generator};
+use crate::hub::{Hub, HubError};
 
 /// Where a sample's picture comes from.
 #[derive(Clone)]
 pub enum Picture {
     File(PathBuf),
-    /// Of a file of many grey pictures.
-    Grey {
-        images: Arc<IdxImages>,
+    /// One of many in one file.
+    Held {
+        images: Arc<Images>,
         index: usize,
     },
 }
@@ -27,46 +33,58 @@ impl Picture {
     pub fn name(&self) -> String {
         match self {
             Picture::File(path) => path.display().to_string(),
-            Picture::Grey { index, .. } => format!("picture {index}"),
+            Picture::Held { images, index } => images.name(*index),
         }
     }
 
     /// Pixels, by the header, and bytes of the file: what decoding it will take.
-    pub(super) fn read(&self, decoder: &Decoder) -> Result<Source<'_>, ImageError> {
+    pub(super) fn read(&self, decoder: &Decoder) -> Result<Source, ImageError> {
         match self {
             Picture::File(path) => {
                 let bytes = Input::File(path.clone()).read(super::MAX_FILE_BYTES)?;
-                let (width, height) = decoder.dimensions(&bytes)?;
-                Ok(Source::Bytes {
-                    pixels: u64::from(width) * u64::from(height),
-                    bytes,
-                })
+                Source::encoded(bytes, decoder)
             }
-            Picture::Grey { images, index } => Ok(Source::Grey(images, *index)),
+            Picture::Held { images, index } => match &**images {
+                Images::Encoded(images) => Source::encoded(images.bytes(*index)?, decoder),
+                Images::Grey(images) => Ok(Source::Decoded(images.picture(*index))),
+                Images::Colour(images) => Ok(Source::Decoded(images.picture(*index))),
+            },
         }
     }
 }
 
 /// A picture before it is decoded.
-pub(super) enum Source<'a> {
-    Bytes { pixels: u64, bytes: Vec<u8> },
-    Grey(&'a IdxImages, usize),
+pub(super) enum Source {
+    Bytes {
+        pixels: u64,
+        bytes: Vec<u8>,
+    },
+    /// It never was encoded.
+    Decoded(Rgb),
 }
 
-impl Source<'_> {
+impl Source {
+    fn encoded(bytes: Vec<u8>, decoder: &Decoder) -> Result<Self, ImageError> {
+        let (width, height) = decoder.dimensions(&bytes)?;
+        Ok(Source::Bytes {
+            pixels: u64::from(width) * u64::from(height),
+            bytes,
+        })
+    }
+
     /// Memory that decoding takes.
     pub fn needed(&self) -> u64 {
         match self {
             // The decoder's picture and its conversion to RGB, and the file.
             Source::Bytes { pixels, bytes } => pixels * 7 + bytes.len() as u64,
-            Source::Grey(..) => 0,
+            Source::Decoded(_) => 0,
         }
     }
 
     pub fn decode(self, decoder: &Decoder) -> Result<Rgb, ImageError> {
         match self {
             Source::Bytes { bytes, .. } => decoder.decode(&bytes),
-            Source::Grey(images, index) => Ok(images.picture(index)),
+            Source::Decoded(image) => Ok(image),
         }
     }
 }
@@ -85,8 +103,18 @@ pub struct Dataset {
     pub classes: Vec<String>,
     pub train: Vec<Sample>,
     pub validation: Vec<Sample>,
-    /// Small grey pictures, of which nothing should be cut off.
-    pub grey: bool,
+    /// Tiny pictures, of which nothing should be cut off.
+    pub tiny: bool,
+    pub notices: Notices,
+}
+
+/// What a person should know of the data.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Notices {
+    /// Places that could not be read; what else there is was taken.
+    pub skipped: Vec<Skipped>,
+    /// Whatever else is odd, a line each.
+    pub notes: Vec<String>,
 }
 
 /// Why a data set cannot be used.
@@ -97,18 +125,26 @@ pub enum DatasetError {
         path: String,
         source: std::io::Error,
     },
-    #[error("{0}: {1}")]
-    Image(String, String),
+    #[error("{path}: {reason}{}", empty_advice(.reason))]
+    EmptyClass { path: String, reason: String },
+    #[error("{path}: its name is no valid UTF-8, and a class needs a name (rename the folder)")]
+    ClassName { path: String },
     #[error(transparent)]
     Idx(#[from] IdxError),
+    #[error(transparent)]
+    Cifar(#[from] CifarError),
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    #[error("{name}: {reason}")]
+    Table { name: String, reason: String },
     #[error(
-        "{0}: no such folder or file (give a folder of class folders, one with train/ and val/, a CSV with the columns path,label[,split], or mnist:DIR)"
+        "{name}: this build reads no parquet files (build sconce with --features datasets{or})"
+    )]
+    NoFeature { name: String, or: &'static str },
+    #[error(
+        "{0}: no such folder or file (give a folder of class folders, one with train/ and val/, a CSV with the columns path,label[,split], mnist, fashion-mnist, cifar10, or hub:OWNER/NAME)"
     )]
     Missing(String),
-    #[error(
-        "{name}: give the folder that holds its files as {name}:DIR (train-images-idx3-ubyte and so on)"
-    )]
-    NoFolder { name: &'static str },
     #[error("{0}: no folders in it (put each class's images into a folder named after it)")]
     NoClasses(String),
     #[error("{path}: one class only, {class}; there must be two to tell apart")]
@@ -129,49 +165,43 @@ pub enum DatasetError {
     },
 }
 
+fn empty_advice(reason: &str) -> &'static str {
+    match reason {
+        super::input::NO_IMAGES => " (put images into it, or remove it)",
+        _ => "",
+    }
+}
+
 pub(super) const VALIDATION: [&str; 3] = ["val", "valid", "validation"];
-const FASHION: [&str; 10] = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-];
 
 impl Dataset {
     /// Finds the images of `data`: a folder of class folders; one with `train` and `val` (or
-    /// `valid`, `validation`); a CSV with the columns path, label and perhaps split; `mnist:DIR`
-    /// or `fashion-mnist:DIR`. Where nothing says what to validate on, the share `val_split` of
-    /// every class is drawn with `seed`.
+    /// `valid`, `validation`); a CSV with the columns path, label and perhaps split; `mnist`,
+    /// `fashion-mnist` or `cifar10`, each also `:DIR` for files on disk; or `hub:OWNER/NAME`. Where
+    /// nothing says what to validate on, the share `val_split` of every class is drawn with `seed`.
     ///
     /// # Errors
     /// Where there is nothing of the kind, or a class has no images.
-    pub fn open(data: &str, val_split: f64, seed: u64) -> Result<Self, DatasetError> {
-        let digits: fn(usize) -> String = |digit| digit.to_string();
-        let clothes: fn(usize) -> String = |class| FASHION[class].to_string();
-        let path = Path::new(data);
-        for (name, class) in [("mnist", digits), ("fashion-mnist", clothes)] {
-            if let Some(folder) = data.strip_prefix(name).and_then(|d| d.strip_prefix(':')) {
-                return Self::idx(Path::new(folder), class);
+    pub fn open(data: &str, val_split: f64, seed: u64, hub: &Hub) -> Result<Self, DatasetError> {
+        let mut notices = Notices::default();
+        let path = match named(data, hub, &mut notices)? {
+            Some(Named::Collection(collection)) => {
+                return Self::of_collection(collection, data, val_split, seed, notices);
             }
-            if data == name && !path.exists() {
-                return Err(DatasetError::NoFolder { name });
-            }
-        }
+            Some(Named::Folder(folder)) => folder,
+            None => PathBuf::from(data),
+        };
+        let path = path.as_path();
         let (labelled, validation) = if path.is_dir() {
             let sub = |name: &str| Some(path.join(name)).filter(|p| p.is_dir());
             match sub("train") {
                 Some(train) => {
                     let validation = VALIDATION.iter().find_map(|name| sub(name));
-                    let validation = validation.map(|v| class_folders(&v)).transpose()?;
-                    (class_folders(&train)?, validation)
+                    let validation = validation.map(|v| class_folders(&v, &mut notices));
+                    let validation = validation.transpose()?;
+                    (class_folders(&train, &mut notices)?, validation)
                 }
-                None => (class_folders(path)?, None),
+                None => (class_folders(path, &mut notices)?, None),
             }
         } else if path.is_file() {
             let Rows {
@@ -204,9 +234,42 @@ impl Dataset {
             };
             labelled.into_iter().map(sample).collect()
         };
+        let train = samples(labelled)?;
+        let validation = validation.map(samples).transpose()?;
+        Self::divided(data, classes, train, validation, val_split, seed, notices)
+    }
+
+    fn of_collection(
+        collection: Collection,
+        data: &str,
+        val_split: f64,
+        seed: u64,
+        notices: Notices,
+    ) -> Result<Self, DatasetError> {
+        let Collection {
+            classes,
+            train,
+            validation,
+            tiny,
+            ..
+        } = collection;
+        let validation = Some(validation).filter(|v| !v.is_empty());
+        let data = Self::divided(data, classes, train, validation, val_split, seed, notices)?;
+        Ok(Self { tiny, ..data })
+    }
+
+    fn divided(
+        data: &str,
+        classes: Vec<String>,
+        train: Vec<Sample>,
+        validation: Option<Vec<Sample>>,
+        val_split: f64,
+        seed: u64,
+        notices: Notices,
+    ) -> Result<Self, DatasetError> {
         let (train, validation) = match validation {
-            Some(validation) => (samples(labelled)?, samples(validation)?),
-            None => split(samples(labelled)?, classes.len(), val_split, seed),
+            Some(validation) => (train, validation),
+            None => split(train, classes.len(), val_split, seed),
         };
         for (samples, what) in [(&train, "train on"), (&validation, "validate on")] {
             if samples.is_empty() {
@@ -214,38 +277,65 @@ impl Dataset {
                 return Err(DatasetError::Empty { path, what });
             }
         }
-        Ok(Self {
+        let mut dataset = Self {
             classes,
             train,
             validation,
-            grey: false,
-        })
+            tiny: false,
+            notices,
+        };
+        let notes = dataset.oddities();
+        dataset.notices.notes.extend(notes);
+        Ok(dataset)
     }
 
-    fn idx(folder: &Path, class: fn(usize) -> String) -> Result<Self, DatasetError> {
-        const CLASSES: usize = 10;
-        let samples = |names| -> Result<Vec<Sample>, DatasetError> {
-            let images = Arc::new(IdxImages::open(folder, names)?);
-            let sample = |index: usize| {
-                let label = usize::from(images.labels[index]);
-                if label >= CLASSES {
-                    return Err(DatasetError::UnknownClass {
-                        path: folder.display().to_string(),
-                        class: label.to_string(),
-                    });
-                }
-                let images = images.clone();
-                let picture = Picture::Grey { images, index };
-                Ok(Sample { picture, label })
+    /// What is odd about the classes and the division, a line each.
+    fn oddities(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        let mut by_lower: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+        for class in &self.classes {
+            by_lower
+                .entry(class.to_lowercase())
+                .or_default()
+                .push(class);
+        }
+        for alike in by_lower.values().filter(|alike| alike.len() > 1) {
+            let alike = alike.join(" and ");
+            notes.push(format!(
+                "{alike} differ only in case, and are taken for two classes"
+            ));
+        }
+        let mut judged = vec![false; self.classes.len()];
+        for sample in &self.validation {
+            judged[sample.label] = true;
+        }
+        let names = self.classes.iter().zip(judged);
+        let unjudged = names
+            .filter(|(_, judged)| !judged)
+            .map(|(name, _)| name.as_str());
+        let unjudged: Vec<&str> = unjudged.collect();
+        if !unjudged.is_empty() {
+            notes.push(format!(
+                "no images to validate on of {} (the figures say nothing of them)",
+                some(&unjudged)
+            ));
+        }
+        let twins = twins(&self.train, &self.validation);
+        if !twins.is_empty() {
+            let named = |&(train, validation): &(usize, usize)| {
+                let [train, validation] = [&self.train[train], &self.validation[validation]]
+                    .map(|sample| sample.picture.name().escape_debug().to_string());
+                format!("{validation} is {train}")
             };
-            (0..images.len()).map(sample).collect()
-        };
-        Ok(Self {
-            classes: (0..CLASSES).map(class).collect(),
-            train: samples(["train-images-idx3-ubyte", "train-labels-idx1-ubyte"])?,
-            validation: samples(["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])?,
-            grey: true,
-        })
+            let shown: Vec<String> = twins.iter().map(named).collect();
+            let shown: Vec<&str> = shown.iter().map(String::as_str).collect();
+            let (count, of) = (twins.len(), self.validation.len());
+            notes.push(format!(
+                "{count} of the {of} images to validate on are among those to train on, so the figures will flatter: {} (remove one of each)",
+                some(&shown)
+            ));
+        }
+        notes
     }
 
     /// How many images to train on each class has.
@@ -261,36 +351,69 @@ impl Dataset {
 /// Class names and paths, in order.
 pub(super) type Labelled = Vec<(String, PathBuf)>;
 
+/// The first few of many names.
+fn some(names: &[&str]) -> String {
+    const SHOWN: usize = 4;
+    let shown = names[..names.len().min(SHOWN)].join(", ");
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
 /// The images of every folder in `root`, all below it included.
-pub(super) fn class_folders(root: &Path) -> Result<Labelled, DatasetError> {
+pub(super) fn class_folders(root: &Path, notices: &mut Notices) -> Result<Labelled, DatasetError> {
     let shown = || root.display().to_string();
     let io = |source| DatasetError::Io {
         path: shown(),
         source,
     };
     let mut folders = BTreeMap::new();
+    let mut loose = 0;
     for entry in std::fs::read_dir(root).map_err(io)? {
         let path = entry.map_err(io)?.path();
-        let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
-        if let Some(name) = name
-            && !name.starts_with('.')
-            && path.is_dir()
-        {
-            folders.insert(name, path);
+        let Some(name) = path.file_name() else {
+            continue;
+        };
+        if name.as_encoded_bytes().starts_with(b".") {
+            continue;
         }
+        if !path.is_dir() {
+            loose += usize::from(is_image(&path));
+            continue;
+        }
+        let Some(name) = name.to_str() else {
+            return Err(DatasetError::ClassName {
+                path: path.display().to_string(),
+            });
+        };
+        folders.insert(name.to_string(), path);
     }
     if folders.is_empty() {
         return Err(DatasetError::NoClasses(shown()));
     }
+    if loose > 0 {
+        notices.notes.push(format!(
+            "{}: {loose} images lie beside the class folders, and are left out",
+            shown()
+        ));
+    }
     let mut labelled = Vec::new();
     for (class, folder) in folders {
-        for found in Inputs::new(vec![folder], None) {
+        let (before, mut failed) = (labelled.len(), Vec::new());
+        for found in Inputs::new(vec![folder.clone()], None) {
             match found {
                 Ok(Input::File(path)) => labelled.push((class.clone(), path)),
                 Ok(Input::Stdin) => {}
-                Err(error) => return Err(DatasetError::Image(error.name, error.reason)),
+                Err(InputError { name, reason }) => failed.push(Skipped { name, reason }),
             }
         }
+        if labelled.len() == before {
+            // A class that is missed without a word would be a model that does not know it.
+            let Skipped { name: path, reason } = failed.swap_remove(0);
+            return Err(DatasetError::EmptyClass { path, reason });
+        }
+        notices.skipped.append(&mut failed);
     }
     Ok(labelled)
 }
@@ -413,7 +536,12 @@ mod tests {
     }
 
     fn open(root: &tempfile::TempDir, part: f64, seed: u64) -> Result<Dataset, DatasetError> {
-        Dataset::open(root.path().to_str().unwrap(), part, seed)
+        Dataset::open(
+            root.path().to_str().unwrap(),
+            part,
+            seed,
+            &Hub::new().offline(),
+        )
     }
 
     fn names(samples: &[Sample]) -> Vec<(String, usize)> {
@@ -468,7 +596,7 @@ mod tests {
         let list = root.path().join("list.csv");
         let read = |text: &str| {
             fs::write(&list, text).unwrap();
-            Dataset::open(list.to_str().unwrap(), 0.5, 0)
+            Dataset::open(list.to_str().unwrap(), 0.5, 0, &Hub::new().offline())
         };
         let data = read(
             "split,label,path\ntrain,b,1.png\nval,a,2.png\ntrain,a,\"3, 4.png\"\ntest,q,5.png\n",
@@ -496,9 +624,9 @@ mod tests {
 
     #[test]
     fn what_is_no_data_set_says_what_would_be() {
-        let error = |data: &str| Dataset::open(data, 0.2, 0).err().unwrap().to_string();
+        let hub = Hub::new().offline();
+        let error = |data: &str| Dataset::open(data, 0.2, 0, &hub).err().unwrap().to_string();
         assert!(error("nowhere").contains("class folders"));
-        assert!(error("mnist").contains("mnist:DIR"));
         let root = folder(&["a.png"]);
         assert!(
             open(&root, 0.2, 0)

@@ -64,6 +64,17 @@ impl IdxImages {
         })
     }
 
+    /// Pictures `[count, height, width]` and their labels.
+    #[cfg(feature = "datasets")]
+    pub(super) fn of_pixels([height, width]: [usize; 2], pixels: Vec<u8>, labels: Vec<u8>) -> Self {
+        Self {
+            width,
+            height,
+            pixels,
+            labels,
+        }
+    }
+
     pub fn len(&self) -> usize {
         self.labels.len()
     }

@@ -14,6 +14,9 @@ const EXTENSIONS: [&str; 19] = [
     "avif", "heic", "heif",
 ];
 
+/// What is said of a folder without images.
+pub(super) const NO_IMAGES: &str = "no images in this folder";
+
 /// One image to read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Input {
@@ -251,13 +254,13 @@ fn walk(folder: PathBuf) -> Several {
         })
         .peekable();
     if entries.peek().is_none() {
-        return one(Err(InputError::new(name, "no images in this folder")));
+        return one(Err(InputError::new(name, NO_IMAGES)));
     }
     Box::new(entries)
 }
 
 /// Whether a file's ending is that of an image.
-fn is_image(path: &Path) -> bool {
+pub(super) fn is_image(path: &Path) -> bool {
     let extension = path.extension().and_then(|e| e.to_str());
     extension.is_some_and(|e| EXTENSIONS.contains(&e.to_ascii_lowercase().as_str()))
 }

@@ -4,16 +4,21 @@
 mod augment;
 mod batches;
 mod cache;
+mod cifar;
 mod dataset;
 mod decode;
+mod held;
 mod idx;
 mod input;
 mod loader;
+mod named;
 mod part;
 mod pipeline;
 mod preprocess;
 mod random;
 mod resize;
+mod tables;
+mod twins;
 
 pub use augment::{
     Augment, Augmentation, Mix, Operation, color_jitter, erased_part, rand_augment, random_part,
@@ -21,8 +26,10 @@ pub use augment::{
 };
 pub use batches::{Batch, BatchPlan, Batches, Skipped};
 pub use cache::{Cache, CacheLimit, default_cache_bytes};
-pub use dataset::{Dataset, DatasetError, Picture, Sample};
+pub use cifar::CifarError;
+pub use dataset::{Dataset, DatasetError, Notices, Picture, Sample};
 pub use decode::{Decoder, ImageError, Rgb, parse_color};
+pub use held::{ColourImages, EncodedImages, Images};
 pub use idx::{IdxError, IdxImages};
 pub use input::{Input, InputError, Inputs, PathList};
 pub use loader::{Loaded, Loader, Prepared};

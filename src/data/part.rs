@@ -1,10 +1,12 @@
 //! Labelled images to judge a network by.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::dataset::{Labelled, VALIDATION, class_folders, from_csv, split};
-use super::{Dataset, DatasetError, Picture, Sample};
+use super::named::{Collection, Named, named};
+use super::{DatasetError, Notices, Picture, Sample};
+use crate::hub::Hub;
 
 /// A part of a data set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +23,7 @@ pub struct LabelledImages {
     pub classes: Vec<String>,
     /// With labels that are indices into `classes`.
     pub samples: Vec<Sample>,
+    pub notices: Notices,
 }
 
 /// What a folder or a list says of its parts; nothing where all images are in one heap.
@@ -45,10 +48,21 @@ impl LabelledImages {
         part: Option<Part>,
         val_split: f64,
         seed: u64,
+        hub: &Hub,
     ) -> Result<Self, DatasetError> {
-        let path = Path::new(data);
+        let mut notices = Notices::default();
+        let path = match named(data, hub, &mut notices)? {
+            Some(Named::Collection(collection)) => {
+                let mut images = Self::of_collection(collection, part, val_split, seed);
+                images.notices = notices;
+                return images.checked(data, part.unwrap_or(Part::All));
+            }
+            Some(Named::Folder(folder)) => folder,
+            None => PathBuf::from(data),
+        };
+        let path = path.as_path();
         let parts = if path.is_dir() {
-            folders(path)?
+            folders(path, &mut notices)?
         } else if path.is_file() {
             let rows = from_csv(path)?;
             Parts {
@@ -58,7 +72,7 @@ impl LabelledImages {
                 divided: rows.has_splits,
             }
         } else {
-            return Self::named(data, part, val_split, seed);
+            return Err(DatasetError::Missing(data.to_string()));
         };
         let part = part.unwrap_or(match &parts {
             p if !p.divided => Part::All,
@@ -75,7 +89,7 @@ impl LabelledImages {
             Part::Test => parts.test,
             Part::All => [parts.train, parts.validation, parts.test].concat(),
         };
-        let mut images = Self::new(labelled);
+        let mut images = Self::new(labelled, notices);
         if drawn {
             let (train, validation) = split(images.samples, images.classes.len(), val_split, seed);
             images.samples = match part {
@@ -86,29 +100,43 @@ impl LabelledImages {
         images.checked(data, part)
     }
 
-    /// Data sets that are neither a folder of images nor a list.
-    fn named(
-        data: &str,
+    fn of_collection(
+        collection: Collection,
         part: Option<Part>,
         val_split: f64,
         seed: u64,
-    ) -> Result<Self, DatasetError> {
-        let Dataset {
+    ) -> Self {
+        let Collection {
             classes,
-            train,
-            validation,
+            mut train,
+            mut validation,
+            test,
             ..
-        } = Dataset::open(data, val_split, seed)?;
-        let part = part.unwrap_or(Part::Validation);
+        } = collection;
+        let part = part.unwrap_or(match (validation.is_empty(), test.is_empty()) {
+            (false, _) => Part::Validation,
+            (true, false) => Part::Test,
+            (true, true) => Part::All,
+        });
+        if validation.is_empty() && matches!(part, Part::Train | Part::Validation) {
+            (train, validation) = split(train, classes.len(), val_split, seed);
+        }
         let samples = match part {
             Part::Train => train,
-            Part::Validation | Part::Test => validation,
-            Part::All => train.into_iter().chain(validation).collect(),
+            Part::Validation => validation,
+            // What is there to test on is what there is to validate on.
+            Part::Test if test.is_empty() => validation,
+            Part::Test => test,
+            Part::All => train.into_iter().chain(validation).chain(test).collect(),
         };
-        Self { classes, samples }.checked(data, part)
+        Self {
+            classes,
+            samples,
+            notices: Notices::default(),
+        }
     }
 
-    fn new(labelled: Labelled) -> Self {
+    fn new(labelled: Labelled, notices: Notices) -> Self {
         let classes: BTreeSet<&String> = labelled.iter().map(|(class, _)| class).collect();
         let classes: Vec<String> = classes.into_iter().cloned().collect();
         let index: BTreeMap<&String, usize> =
@@ -118,7 +146,11 @@ impl LabelledImages {
             label: index[class],
         });
         let samples = samples.collect();
-        Self { classes, samples }
+        Self {
+            classes,
+            samples,
+            notices,
+        }
     }
 
     fn checked(self, data: &str, part: Part) -> Result<Self, DatasetError> {
@@ -137,16 +169,16 @@ impl LabelledImages {
     }
 }
 
-fn folders(root: &Path) -> Result<Parts, DatasetError> {
+fn folders(root: &Path, notices: &mut Notices) -> Result<Parts, DatasetError> {
     // A folder of class folders; of one that holds images, `test` may be a class.
-    let below = |name: &str| {
+    let mut below = |name: &str| {
         let folder = root.join(name);
         let holds_folders = || {
             let mut entries = std::fs::read_dir(&folder).ok()?.filter_map(Result::ok);
             entries.find(|entry| entry.path().is_dir())
         };
         let found = folder.is_dir() && (name == "train" || holds_folders().is_some());
-        found.then(|| class_folders(&folder)).transpose()
+        found.then(|| class_folders(&folder, notices)).transpose()
     };
     let train = below("train")?;
     let validation = match VALIDATION.iter().find(|name| root.join(name).is_dir()) {
@@ -156,7 +188,7 @@ fn folders(root: &Path) -> Result<Parts, DatasetError> {
     let test = below("test")?;
     if train.is_none() && validation.is_none() && test.is_none() {
         return Ok(Parts {
-            train: class_folders(root)?,
+            train: class_folders(root, notices)?,
             validation: Vec::new(),
             test: Vec::new(),
             divided: false,
@@ -175,6 +207,11 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::data::Dataset;
+
+    fn hub() -> Hub {
+        Hub::new().offline()
+    }
 
     fn folder(files: &[&str]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
@@ -187,7 +224,7 @@ mod tests {
     }
 
     fn names(data: &Path, part: Option<Part>) -> Vec<String> {
-        let images = LabelledImages::open(data.to_str().unwrap(), part, 0.5, 3).unwrap();
+        let images = LabelledImages::open(data.to_str().unwrap(), part, 0.5, 3, &hub()).unwrap();
         let name = |s: &Sample| {
             let path = s.picture.name();
             let file = Path::new(&path).file_stem().unwrap();
@@ -201,7 +238,7 @@ mod tests {
         let heap = folder(&["b/1.png", "b/2.png", "a/3.png", "a/4.png"]);
         assert_eq!(names(heap.path(), None), ["a 3", "a 4", "b 1", "b 2"]);
         let drawn = names(heap.path(), Some(Part::Validation));
-        let data = Dataset::open(heap.path().to_str().unwrap(), 0.5, 3).unwrap();
+        let data = Dataset::open(heap.path().to_str().unwrap(), 0.5, 3, &hub()).unwrap();
         let expected = data.validation.iter().map(|s| s.picture.name());
         let expected: Vec<String> = expected.collect();
         assert_eq!(drawn.len(), 2);
@@ -241,7 +278,7 @@ mod tests {
         fs::write(&list, "path,label\n1.png,a\n2.png,b\n").unwrap();
         assert_eq!(names(&list, None), ["a 1", "b 2"]);
         let data = list.to_str().unwrap();
-        let error = LabelledImages::open(data, Some(Part::Test), 0.5, 0);
+        let error = LabelledImages::open(data, Some(Part::Test), 0.5, 0, &hub());
         let error = error.err().unwrap().to_string();
         assert!(error.contains("no images for --split test"), "{error}");
     }

@@ -137,9 +137,17 @@ fn is_set(variable: &str) -> bool {
     ["1", "ON", "YES", "TRUE"].contains(&value.as_str())
 }
 
-/// A repository of models on the hub.
+/// What a repository of the hub holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RepositoryKind {
+    Model,
+    Dataset,
+}
+
+/// A repository on the hub.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Repository {
+    pub kind: RepositoryKind,
     /// `OWNER/NAME`.
     pub id: String,
     /// A branch, a tag or a commit.
@@ -147,7 +155,7 @@ pub struct Repository {
 }
 
 impl Repository {
-    /// Reads `OWNER/NAME[@REVISION]`.
+    /// Reads `OWNER/NAME[@REVISION]` of a model.
     ///
     /// # Errors
     /// Where it is not of that form.
@@ -167,8 +175,21 @@ impl Repository {
             return Err(HubError::Name { name: text.into() });
         }
         Ok(Self {
+            kind: RepositoryKind::Model,
             id: id.into(),
             revision: revision.into(),
+        })
+    }
+
+    /// Reads `OWNER/NAME[@REVISION]` of a data set.
+    ///
+    /// # Errors
+    /// Where it is not of that form.
+    pub fn dataset(text: &str) -> Result<Self, HubError> {
+        let kind = RepositoryKind::Dataset;
+        Ok(Self {
+            kind,
+            ..Self::parse(text)?
         })
     }
 }

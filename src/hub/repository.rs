@@ -5,12 +5,13 @@ use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use hf_hub::{HFClient, HFClientSync};
+use reqwest::blocking::Response;
 use reqwest::header::{CONTENT_LENGTH, ETAG, HeaderMap};
 use reqwest::{Method, StatusCode, Url};
 
 use super::http::{Follow, Target, Wanted, text};
 use super::verify::Checksum;
-use super::{Hub, HubError, Progress, Repository, is_set};
+use super::{Hub, HubError, Progress, Repository, RepositoryKind, is_set};
 
 /// Both faces of hf_hub's client: settings are the one's, the cache is the other's.
 pub(super) struct Client {
@@ -52,15 +53,30 @@ impl Hub {
     }
 
     fn cached_by(&self, client: &Client, repository: &Repository, file: &str) -> Option<PathBuf> {
-        let (owner, name) = repository.id.split_once('/')?;
-        let found = client
-            .blocking
-            .model(owner, name)
-            .download_file()
-            .filename(file)
-            .revision(repository.revision.clone())
-            .local_files_only(true)
-            .send();
+        // Some old data sets have no owner.
+        let (owner, name) = repository
+            .id
+            .split_once('/')
+            .unwrap_or(("", &repository.id));
+        let revision = repository.revision.clone();
+        let found = match repository.kind {
+            RepositoryKind::Model => client
+                .blocking
+                .model(owner, name)
+                .download_file()
+                .filename(file)
+                .revision(revision)
+                .local_files_only(true)
+                .send(),
+            RepositoryKind::Dataset => client
+                .blocking
+                .dataset(owner, name)
+                .download_file()
+                .filename(file)
+                .revision(revision)
+                .local_files_only(true)
+                .send(),
+        };
         found.ok().filter(|path| path.is_file())
     }
 
@@ -96,9 +112,14 @@ impl Hub {
             reason: reason.into(),
         };
         let mut url = Url::parse(client.inner.endpoint()).map_err(|_| protocol("no address"))?;
+        let kind = match repository.kind {
+            RepositoryKind::Model => None,
+            RepositoryKind::Dataset => Some("datasets"),
+        };
         url.path_segments_mut()
             .map_err(|()| protocol("no address"))?
             .pop_if_empty()
+            .extend(kind)
             .extend(repository.id.split('/'))
             .push("resolve")
             // As one segment: a revision may hold slashes.
@@ -123,7 +144,7 @@ impl Hub {
             }
             Err(error) => return Err(error),
         };
-        let folder = format!("models--{}", repository.id.replace('/', "--"));
+        let folder = cache_folder(repository);
         let cache = client.inner.cache_dir();
         let store = Store {
             root: cache.join(&folder),
@@ -151,6 +172,97 @@ impl Hub {
             write_atomically(&reference, &metadata.commit)?;
         }
         Ok(store.snapshot(&metadata.commit, file))
+    }
+
+    /// The files of a repository: as the server lists them, or where it cannot be asked, those that
+    /// this machine has.
+    ///
+    /// # Errors
+    /// See [`HubError`].
+    pub fn files(&self, repository: &Repository) -> Result<Vec<String>, HubError> {
+        let what = repository.to_string();
+        if self.offline {
+            let held = self.held_files(repository)?;
+            return held.ok_or(HubError::Offline { what });
+        }
+        let protocol = |reason: String| HubError::Protocol {
+            what: what.clone(),
+            reason,
+        };
+        let endpoint = self.client()?.inner.endpoint();
+        let mut url = Url::parse(endpoint).map_err(|_| protocol("no address".into()))?;
+        let kind = match repository.kind {
+            RepositoryKind::Model => "models",
+            RepositoryKind::Dataset => "datasets",
+        };
+        url.path_segments_mut()
+            .map_err(|()| protocol("no address".into()))?
+            .pop_if_empty()
+            .extend(["api", kind])
+            .extend(repository.id.split('/'))
+            .extend(["revision", &repository.revision]);
+        let token = token();
+        let target = Target {
+            what: &what,
+            url: &url,
+            token: token.as_deref(),
+        };
+        let progress = &*self.progress;
+        let (headers, follow) = (HeaderMap::new(), Follow::Relative);
+        let sent = self
+            .http
+            .send(Method::GET, target, &headers, follow, progress);
+        let response = match sent {
+            Err(error @ (HubError::Connection { .. } | HubError::Status { status: 500.., .. })) => {
+                let Some(held) = self.held_files(repository)? else {
+                    return Err(error);
+                };
+                progress.note(&format!("{error}; what is on this machine is used"));
+                return Ok(held);
+            }
+            other => other?,
+        };
+        check_status(&response, &what)?;
+        #[derive(serde::Deserialize)]
+        struct Listing {
+            siblings: Vec<Sibling>,
+        }
+        #[derive(serde::Deserialize)]
+        struct Sibling {
+            rfilename: String,
+        }
+        let text = response.text().map_err(|e| protocol(e.to_string()))?;
+        let listing: Listing =
+            serde_json::from_str(&text).map_err(|e| protocol(format!("no list of files: {e}")))?;
+        let names = listing.siblings.into_iter().map(|s| s.rfilename);
+        // They become paths below the cache.
+        let safe = |name: &String| {
+            let parts = || name.split(['/', '\\']);
+            parts().all(|part| !["", ".", ".."].contains(&part)) && !name.contains(':')
+        };
+        Ok(names.filter(safe).collect())
+    }
+
+    /// The files of a repository that this machine has; None where it has none.
+    fn held_files(&self, repository: &Repository) -> Result<Option<Vec<String>>, HubError> {
+        let client = self.client()?;
+        let root = client.inner.cache_dir().join(cache_folder(repository));
+        let reference = root.join("refs").join(&repository.revision);
+        let commit = fs::read_to_string(reference).unwrap_or(repository.revision.clone());
+        let snapshot = root.join("snapshots").join(commit.trim());
+        let mut files = Vec::new();
+        for entry in walkdir::WalkDir::new(&snapshot).follow_links(true) {
+            let Ok(entry) = entry else { continue };
+            if let (true, Ok(path)) = (
+                entry.file_type().is_file(),
+                entry.path().strip_prefix(&snapshot),
+            ) {
+                let parts = path.components().map(|c| c.as_os_str().to_string_lossy());
+                files.push(parts.collect::<Vec<_>>().join("/"));
+            }
+        }
+        files.sort();
+        Ok(Some(files).filter(|f| !f.is_empty()))
     }
 
     /// Fetches into `partial`, checks, and renames. A wrong file is thrown away; where some of it
@@ -195,27 +307,10 @@ impl Hub {
         let response = self
             .http
             .send(Method::HEAD, target, &headers, follow, progress)?;
+        check_status(&response, target.what)?;
         let headers = response.headers();
         let status = response.status();
-        let message = text(headers, "x-error-message").unwrap_or_default();
         let what = || target.what.to_string();
-        if status == StatusCode::NOT_FOUND || status == StatusCode::UNAUTHORIZED {
-            let code = text(headers, "x-error-code").unwrap_or_default();
-            let what = what();
-            return Err(match code.as_str() {
-                "RepoNotFound" | "RevisionNotFound" => HubError::NoRepository { what, message },
-                "GatedRepo" => HubError::Status { what, status: 403 },
-                // The hub hides private repositories in this way.
-                _ if status == StatusCode::UNAUTHORIZED => HubError::NoRepository { what, message },
-                _ => HubError::NoFile { what, message },
-            });
-        }
-        if !status.is_success() && !status.is_redirection() {
-            return Err(HubError::Status {
-                what: what(),
-                status: status.as_u16(),
-            });
-        }
         let missing = |header: &str| HubError::Protocol {
             what: what(),
             reason: format!("no header {header}"),
@@ -238,6 +333,40 @@ impl Hub {
             size: size.and_then(|s| s.parse().ok()),
         })
     }
+}
+
+/// Whether the hub gives what it was asked for.
+fn check_status(response: &Response, what: &str) -> Result<(), HubError> {
+    let (headers, status) = (response.headers(), response.status());
+    let message = text(headers, "x-error-message").unwrap_or_default();
+    let what = || what.to_string();
+    if status == StatusCode::NOT_FOUND || status == StatusCode::UNAUTHORIZED {
+        let code = text(headers, "x-error-code").unwrap_or_default();
+        let what = what();
+        return Err(match code.as_str() {
+            "RepoNotFound" | "RevisionNotFound" => HubError::NoRepository { what, message },
+            "GatedRepo" => HubError::Status { what, status: 403 },
+            // The hub hides private repositories in this way.
+            _ if status == StatusCode::UNAUTHORIZED => HubError::NoRepository { what, message },
+            _ => HubError::NoFile { what, message },
+        });
+    }
+    if !status.is_success() && !status.is_redirection() {
+        return Err(HubError::Status {
+            what: what(),
+            status: status.as_u16(),
+        });
+    }
+    Ok(())
+}
+
+/// A repository's folder in the cache.
+fn cache_folder(repository: &Repository) -> String {
+    let kind = match repository.kind {
+        RepositoryKind::Model => "models",
+        RepositoryKind::Dataset => "datasets",
+    };
+    format!("{kind}--{}", repository.id.replace('/', "--"))
 }
 
 /// Whether a header's text can be a file's name.
