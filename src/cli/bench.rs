@@ -57,6 +57,8 @@ struct Report {
     threads: usize,
     device: String,
     train: bool,
+    /// From nothing to a network that is ready: reading the weights and packing them.
+    load_ms: f64,
     median_ms: f64,
     min_ms: f64,
     images_per_second: f64,
@@ -151,6 +153,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         hub: request.hub.clone().offline(),
         ..request
     };
+    let started = Instant::now();
     let model = match resolve(&request) {
         // Speed does not depend on the weights' values: random ones serve.
         Err(ModelError::NotHere { .. } | ModelError::Unpublished { .. }) => resolve(&Request {
@@ -159,6 +162,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         })?,
         other => other?,
     };
+    let mut load = started.elapsed();
     let device = global.device.open()?;
     let size = arguments
         .image_size
@@ -168,6 +172,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     let images: Vec<f32> = (0..count * size * size * 3)
         .map(|_| rng.random_range(-2.0..2.0))
         .collect();
+    let started = Instant::now();
     let mut work = if arguments.train {
         let images = Tensor::from_vec(images, (count, 3, size, size), &device)?;
         Work::Train(Box::new(Training::new(&model, images, global)?))
@@ -175,6 +180,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         let runner = model.runner(&device, [size; 2], global.plan_options())?;
         Work::Forward(Box::new(runner), images)
     };
+    load += started.elapsed();
     let mut times = Vec::new();
     let mut pass = || -> anyhow::Result<f64> {
         let started = Instant::now();
@@ -206,6 +212,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         }
         .into(),
         train: arguments.train,
+        load_ms: load.as_secs_f64() * 1e3,
         median_ms,
         min_ms: times[0],
         images_per_second: count as f64 / median_ms * 1e3,
@@ -213,6 +220,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     };
     let mut out = global.stdout();
     if global.verbose {
+        complain(&format!("ready after {:.1} ms", report.load_ms));
         let passes = (times.len() + WARM_UP) as f64;
         for (name, kind, time) in work.timings() {
             let ms = time.as_secs_f64() * 1e3 / passes;

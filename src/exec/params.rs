@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
-use candle_core::{DType, Device, Shape, Tensor, Var};
+use candle_core::{CpuStorage, DType, Device, Shape, Storage, Tensor, Var, bail};
 use candle_nn::Init;
 use candle_nn::init::{NonLinearity, NormalOrUniform};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};
@@ -29,6 +29,7 @@ pub trait TensorSource: Send + Sync {
 }
 
 /// Tensors in memory.
+#[derive(Default)]
 pub struct TensorMap(pub BTreeMap<String, Tensor>);
 
 impl TensorSource for TensorMap {
@@ -213,6 +214,20 @@ pub(crate) fn fetch(vb: &VarBuilder, parameter: &graph::Parameter) -> candle_cor
         },
     };
     vb.get_with_hints(parameter.shape.as_slice(), &parameter.name, init)
+}
+
+/// Calls `f` with the values of a contiguous float32 tensor on the CPU.
+pub(crate) fn with_values<R>(
+    tensor: &Tensor,
+    f: impl FnOnce(&[f32]) -> R,
+) -> candle_core::Result<R> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) =
+        (&*storage, layout.contiguous_offsets())
+    else {
+        bail!("plans take contiguous float32 tensors on the CPU");
+    };
+    Ok(f(&values[start..end]))
 }
 
 /// A generator for one tensor: the same seed and name give the same values, whatever the order in

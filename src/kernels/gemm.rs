@@ -8,6 +8,7 @@
 //! depth, whatever tile it is in: its bits depend on nothing else.
 
 use std::ops::Range;
+use std::sync::{Arc, OnceLock};
 
 use pulp::{Simd, WithSimd};
 
@@ -29,7 +30,8 @@ pub struct Packed {
 
 enum Values {
     Own(Vec<f32>),
-    Shared(Block),
+    /// In a slab, once they are packed.
+    Stored(Arc<OnceLock<Block>>),
 }
 
 /// A block of columns.
@@ -133,16 +135,96 @@ impl Packed {
         }
     }
 
-    /// The same in memory of the slab.
-    pub fn stored_in(self, slab: &mut Slab) -> Self {
-        let values = Values::Shared(slab.store(self.values()));
-        Self { values, ..self }
+    /// As [`Packed::new`], with values that [`Packed::store`] brings later.
+    pub fn unfilled(isa: Isa, depth: usize, columns: usize) -> Self {
+        Self {
+            isa,
+            panels: panels(columns, depth, isa.lanes()),
+            values: Values::Stored(Arc::default()),
+            depth,
+        }
+    }
+
+    /// The same product again: what is stored in one of them, the other has too.
+    ///
+    /// # Panics
+    /// Where it is not one of [`Packed::unfilled`].
+    pub fn share(&self) -> Self {
+        let Values::Stored(block) = &self.values else {
+            unreachable!("values of its own are not shared");
+        };
+        Self {
+            isa: self.isa,
+            panels: self.panels.clone(),
+            values: Values::Stored(block.clone()),
+            depth: self.depth,
+        }
+    }
+
+    /// Packs a convolution's weights `[outputs, inputs, area]`, as PyTorch has them, into memory
+    /// of the slab, each output times its `scale`. Rows are `[area, inputs]`.
+    ///
+    /// # Panics
+    /// Where the weights are those of another product, or are there already.
+    pub fn store(&self, slab: &Slab, weight: &[f32], [inputs, area]: [usize; 2], scale: &[f64]) {
+        assert_eq!(inputs * area, self.depth);
+        assert_eq!(weight.len(), self.depth * scale.len());
+        // SAFETY: the panels make up all of the block.
+        let block = unsafe { slab.reserve(self.len()) };
+        self.isa.compiled(
+            #[inline(always)]
+            || {
+                for panel in &self.panels {
+                    // SAFETY: each panel has a part of the block, which is filled with zeros before
+                    // it becomes a slice.
+                    let to = unsafe {
+                        let to = block.pointer().add(panel.offset);
+                        let len = self.panel_len(panel);
+                        to.write_bytes(0, len);
+                        std::slice::from_raw_parts_mut(to, len)
+                    };
+                    let columns = panel.start..panel.start + panel.columns;
+                    let weight = &weight[columns.start * self.depth..columns.end * self.depth];
+                    pack_panel(to, weight, [inputs, area], &scale[columns]);
+                }
+            },
+        );
+        self.adopt(block);
+    }
+
+    /// Takes the values of all panels from a block that holds them.
+    pub(super) fn adopt(&self, block: Block) {
+        let Values::Stored(place) = &self.values else {
+            unreachable!("values of its own are not stored elsewhere");
+        };
+        assert_eq!(block.len(), self.len());
+        assert!(place.set(block).is_ok(), "weights are packed once");
+    }
+
+    /// For each panel its first column, its width, and where its values begin.
+    pub(super) fn panels(&self) -> impl Iterator<Item = [usize; 3]> {
+        let lanes = self.isa.lanes();
+        let panels = self.panels.iter();
+        panels.map(move |p| [p.start, p.vectors * lanes, p.offset])
+    }
+
+    /// Values of all panels, padding included.
+    pub(super) fn len(&self) -> usize {
+        self.panels
+            .last()
+            .map_or(0, |p| p.offset + self.panel_len(p))
+    }
+
+    fn panel_len(&self, panel: &Panel) -> usize {
+        self.depth * panel.vectors * self.isa.lanes()
     }
 
     fn values(&self) -> &[f32] {
         match &self.values {
             Values::Own(values) => values,
-            Values::Shared(block) => block,
+            Values::Stored(block) => block
+                .get()
+                .expect("weights are packed before they are used"),
         }
     }
 
@@ -158,6 +240,38 @@ impl Packed {
 
     /// Rows of a tile that the product prefers.
     pub const TILE_ROWS: usize = 6;
+}
+
+/// One panel of [`Packed::store`], of a few outputs `[outputs, inputs, area]`.
+#[inline(always)]
+fn pack_panel(to: &mut [f32], weight: &[f32], [inputs, area]: [usize; 2], scale: &[f64]) {
+    // Of an output at a time: lines that are read, and lines that are written, stay in the cache.
+    const BLOCK: usize = 64;
+    let depth = inputs * area;
+    let width = to.len() / depth;
+    for start in (0..inputs).step_by(BLOCK) {
+        let count = BLOCK.min(inputs - start);
+        for tap in 0..area {
+            let row = (tap * inputs + start) * width;
+            let to = &mut to[row..row + count * width];
+            for (column, &scale) in scale.iter().enumerate() {
+                let from = &weight[column * depth + start * area..][..count * area];
+                let mut scaled = [0.0_f32; BLOCK];
+                if area == 1 {
+                    for (to, &w) in scaled.iter_mut().zip(from) {
+                        *to = (f64::from(w) * scale) as f32;
+                    }
+                } else {
+                    for (to, taps) in scaled.iter_mut().zip(from.chunks_exact(area)) {
+                        *to = (f64::from(taps[tap]) * scale) as f32;
+                    }
+                }
+                for (row, value) in to.chunks_exact_mut(width).zip(scaled) {
+                    row[column] = value;
+                }
+            }
+        }
+    }
 }
 
 /// Panels of two vectors; a rest of up to one vector makes the last panel three wide.
@@ -594,4 +708,36 @@ fn activate_tile<S: Simd, const MR: usize, const NV: usize>(
         }
     }
     tile
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    #[test]
+    fn stored_weights_are_those_that_are_packed_one_by_one() {
+        let mut rng = ChaCha8Rng::seed_from_u64(0);
+        let slab = Slab::default();
+        for number in 0..60 {
+            let isa = [Isa::detect(), Isa::portable()][number % 2];
+            let inputs = rng.random_range(1..150);
+            let outputs = rng.random_range(1..70);
+            let area = [1, 1, 4, 9, 25][rng.random_range(0..5)];
+            let depth = inputs * area;
+            let weight: Vec<f32> = (0..outputs * depth)
+                .map(|_| rng.random_range(-1.0..1.0))
+                .collect();
+            let scale: Vec<f64> = (0..outputs).map(|_| rng.random_range(-2.0..2.0)).collect();
+            let expected = Packed::new(isa, depth, outputs, |row, o| {
+                let (tap, i) = (row / inputs, row % inputs);
+                (f64::from(weight[(o * inputs + i) * area + tap]) * scale[o]) as f32
+            });
+            let packed = Packed::unfilled(isa, depth, outputs);
+            packed.share().store(&slab, &weight, [inputs, area], &scale);
+            assert!(packed.values() == expected.values(), "case {number}");
+        }
+    }
 }

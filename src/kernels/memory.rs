@@ -3,7 +3,7 @@
 
 use std::ops::{Deref, Range};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A block of zeroed memory that grows, in large pages where the system has them.
 #[derive(Default)]
@@ -67,7 +67,7 @@ impl Buffer {
     pub fn read(&self, range: Range<usize>) -> &[f32] {
         assert!(range.start <= range.end && range.end <= self.len);
         // SAFETY: inside the block, where values have been written: zeros by `reserve`, or a
-        // slab's block by `store`.
+        // slab's block by who reserved it.
         unsafe { std::slice::from_raw_parts(self.pointer().add(range.start), range.len()) }
     }
 
@@ -156,11 +156,15 @@ pub fn keep_freed_memory() {
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
 pub fn keep_freed_memory() {}
 
-/// Hands out blocks of a few large allocations, for values that are written once.
+/// Hands out blocks of a few large allocations, for values that are written once. Several threads
+/// may fill blocks at the same time.
 #[derive(Default)]
-pub struct Slab {
-    chunk: Option<Arc<Buffer>>,
-    /// Of the chunk.
+pub struct Slab(Mutex<Chunk>);
+
+#[derive(Default)]
+struct Chunk {
+    buffer: Option<Arc<Buffer>>,
+    /// Of the buffer.
     used: usize,
     /// In all blocks.
     stored: usize,
@@ -168,7 +172,7 @@ pub struct Slab {
 
 /// A block of a [`Slab`], which stays as long as it is used.
 pub struct Block {
-    chunk: Arc<Buffer>,
+    buffer: Arc<Buffer>,
     range: Range<usize>,
 }
 
@@ -178,34 +182,41 @@ const CHUNK: usize = 4 * LARGE_PAGE / size_of::<f32>();
 impl Slab {
     /// Values in all blocks so far.
     pub fn stored(&self) -> usize {
-        self.stored
+        self.lock().stored
     }
 
-    /// A block that holds these values.
-    pub fn store(&mut self, values: &[f32]) -> Block {
+    /// A block of `len` values that are not initialised, and part of no other block.
+    ///
+    /// # Safety
+    /// All values are written through [`Block::pointer`] before any is read.
+    pub(super) unsafe fn reserve(&self, len: usize) -> Block {
+        let mut chunk = self.lock();
         // Blocks begin at cache lines.
-        let start = self.used.next_multiple_of(64 / size_of::<f32>());
-        let chunk = match &self.chunk {
-            Some(chunk) if start + values.len() <= chunk.len => {
-                self.used = start;
-                chunk.clone()
-            }
+        let start = chunk.used.next_multiple_of(64 / size_of::<f32>());
+        let (buffer, start) = match &chunk.buffer {
+            Some(buffer) if start + len <= buffer.len => (buffer.clone(), start),
             _ => {
-                let mut chunk = Buffer::default();
-                chunk.allocate(values.len().max(CHUNK));
-                self.used = 0;
-                self.chunk.insert(Arc::new(chunk)).clone()
+                let mut buffer = Buffer::default();
+                buffer.allocate(len.max(CHUNK));
+                (chunk.buffer.insert(Arc::new(buffer)).clone(), 0)
             }
         };
-        let range = self.used..self.used + values.len();
-        self.used = range.end;
-        self.stored += values.len();
-        // SAFETY: the range lies inside the chunk, and was part of no block before.
-        unsafe {
-            let to = chunk.pointer().add(range.start);
-            to.copy_from_nonoverlapping(values.as_ptr(), values.len());
-        }
-        Block { chunk, range }
+        let range = start..start + len;
+        chunk.used = range.end;
+        chunk.stored += len;
+        Block { buffer, range }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Chunk> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Block {
+    /// The first value's address, for who fills the block.
+    pub(super) fn pointer(&self) -> *mut f32 {
+        // SAFETY: inside the buffer.
+        unsafe { self.buffer.pointer().add(self.range.start) }
     }
 }
 
@@ -213,7 +224,7 @@ impl Deref for Block {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        self.chunk.read(self.range.clone())
+        self.buffer.read(self.range.clone())
     }
 }
 
@@ -223,13 +234,33 @@ mod tests {
 
     #[test]
     fn blocks_keep_their_values() {
-        let mut slab = Slab::default();
+        let slab = Slab::default();
         let values = |i: usize| vec![i as f32; i * i * 1000 + 1];
-        let blocks: Vec<Block> = (0..40).map(|i| slab.store(&values(i))).collect();
+        let fill = |i: usize| {
+            let values = values(i);
+            // SAFETY: all values are written before the block is read.
+            unsafe {
+                let block = slab.reserve(values.len());
+                block
+                    .pointer()
+                    .copy_from_nonoverlapping(values.as_ptr(), values.len());
+                block
+            }
+        };
+        let blocks: Vec<Vec<Block>> = std::thread::scope(|scope| {
+            let parts = [0, 1].map(|part| {
+                scope.spawn(move || (0..40).step_by(2).map(|i| fill(i + part)).collect())
+            });
+            parts.map(|part| part.join().unwrap()).into()
+        });
+        let stored: usize = (0..40).map(|i| values(i).len()).sum();
+        assert_eq!(slab.stored(), stored);
         drop(slab);
-        for (i, block) in blocks.iter().enumerate() {
-            assert!(**block == values(i)[..], "block {i}");
-            assert_eq!(block.as_ptr().addr() % 64, 0);
+        for (part, blocks) in blocks.iter().enumerate() {
+            for (i, block) in blocks.iter().enumerate() {
+                assert!(**block == values(2 * i + part)[..], "block {i}");
+                assert_eq!(block.as_ptr().addr() % 64, 0);
+            }
         }
     }
 

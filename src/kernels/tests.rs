@@ -7,6 +7,7 @@ use super::bottleneck::{Bottleneck, Expansion, Worker};
 use super::depthwise::Depthwise;
 use super::gemm::{Epilogue, Packed, Rows, Store, gemm};
 use super::grouped::{GROUP, Grouped};
+use super::memory::Slab;
 use super::pool::{Reduction, average, global_average, pool};
 use super::winograd::{Scratch, Winograd};
 use super::{Border, Dims, Isa, Layout, Source, Target, Window, attention, elementwise, norm};
@@ -410,7 +411,8 @@ fn winograd_equals_a_plain_loop() {
         for tile in [4, 6] {
             let scale = vec![1.0; case.output.c];
             let weights = [case.output.c, case.input.c];
-            let conv = Winograd::new(isa, tile, weights, &case.weight, &scale);
+            let conv = Winograd::unfilled(isa, tile, weights);
+            conv.share().store(&Slab::default(), &case.weight, &scale);
             let (input, mut output, residual) = case.batches(&mut rng, conv.border(case.output));
             let tiles = case.count * conv.tiles(case.output);
             let chunk = rng.random_range(1..=tiles);

@@ -13,7 +13,7 @@ use pulp::{Simd, WithSimd};
 
 use super::gemm::{Epilogue, Packed, Rows, gemm};
 use super::isa::{Isa, load, store};
-use super::memory::Slab;
+use super::memory::{Block, Slab};
 use super::{Border, Dims, Source, Target, elementwise};
 
 /// A convolution with transformed weights.
@@ -41,59 +41,76 @@ unsafe impl Send for Scratch {}
 unsafe impl Sync for Scratch {}
 
 impl Winograd {
-    /// Transforms weights `[outputs, inputs, 3, 3]`, each output channel times its `scale`.
+    /// A convolution whose weights [`Winograd::store`] brings later.
     ///
     /// # Panics
     /// Where channels do not fill whole vectors; see [`Winograd::fits`].
-    pub fn new(
-        isa: Isa,
-        tile: usize,
-        [outputs, inputs]: [usize; 2],
-        weight: &[f32],
-        scale: &[f64],
-    ) -> Self {
+    pub fn unfilled(isa: Isa, tile: usize, [outputs, inputs]: [usize; 2]) -> Self {
         assert!(Self::fits(isa, inputs, outputs));
-        let g = kernel_transform(tile);
-        let mut transformed = vec![0.0_f32; tile * tile * inputs * outputs];
-        for o in 0..outputs {
-            for i in 0..inputs {
-                let kernel = &weight[(o * inputs + i) * 9..][..9];
-                for (fy, gy) in g.iter().enumerate() {
-                    for (fx, gx) in g.iter().enumerate() {
-                        let mut sum = 0.0;
-                        for (ky, y) in gy.iter().enumerate() {
-                            for (kx, x) in gx.iter().enumerate() {
-                                sum += y * x * f64::from(kernel[ky * 3 + kx]);
-                            }
-                        }
-                        let frequency = fy * tile + fx;
-                        transformed[(frequency * inputs + i) * outputs + o] =
-                            (sum * scale[o]) as f32;
-                    }
-                }
-            }
-        }
-        let weights = transformed
-            .chunks_exact(inputs * outputs)
-            .map(|matrix| Packed::new(isa, inputs, outputs, |i, o| matrix[i * outputs + o]))
-            .collect();
+        let frequencies = 0..tile * tile;
         Self {
             isa,
             tile,
             inputs,
             outputs,
-            weights,
+            weights: frequencies
+                .map(|_| Packed::unfilled(isa, inputs, outputs))
+                .collect(),
         }
     }
 
-    /// The same with its weights in memory of the slab.
-    pub fn stored_in(mut self, slab: &mut Slab) -> Self {
-        self.weights = self
+    /// The same convolution again: weights stored in one of them are there in the other too.
+    pub fn share(&self) -> Self {
+        Self {
+            weights: self.weights.iter().map(Packed::share).collect(),
+            ..*self
+        }
+    }
+
+    /// Transforms weights `[outputs, inputs, 3, 3]`, each output channel times its `scale`, into
+    /// memory of the slab.
+    ///
+    /// # Panics
+    /// Where the weights are those of another convolution, or are there already.
+    pub fn store(&self, slab: &Slab, weight: &[f32], scale: &[f64]) {
+        assert_eq!(scale.len(), self.outputs);
+        assert_eq!(weight.len(), self.outputs * self.inputs * 9);
+        // SAFETY: channels fill whole vectors, so that panels have no padding and all is written.
+        let blocks = self
             .weights
-            .into_iter()
-            .map(|w| w.stored_in(slab))
-            .collect();
-        self
+            .iter()
+            .map(|w| unsafe { slab.reserve(w.len()) });
+        let blocks: Vec<Block> = blocks.collect();
+        let to: Vec<*mut f32> = blocks.iter().map(Block::pointer).collect();
+        let g = kernel_transform(self.tile);
+        self.isa.compiled(
+            #[inline(always)]
+            || {
+                for [start, width, offset] in self.weights[0].panels() {
+                    for input in 0..self.inputs {
+                        for first in (0..width).step_by(OUTPUTS) {
+                            let outputs = start + first..start + width.min(first + OUTPUTS);
+                            let at = offset + input * width + first;
+                            // SAFETY: a part of that panel.
+                            unsafe {
+                                transform_kernels(
+                                    &g,
+                                    weight,
+                                    [input, self.inputs],
+                                    outputs,
+                                    scale,
+                                    &to,
+                                    at,
+                                );
+                            }
+                        }
+                    }
+                }
+            },
+        );
+        for (weights, block) in self.weights.iter().zip(blocks) {
+            weights.adopt(block);
+        }
     }
 
     /// Whether channels fill whole vectors.
@@ -260,6 +277,55 @@ pub(super) fn kernel_transform(tile: usize) -> Vec<[f64; 3]> {
             [0.5, -0.5, 0.5],
             [0.0, 0.0, 1.0],
         ]
+    }
+}
+
+/// Kernels that are transformed together.
+const OUTPUTS: usize = 8;
+
+/// Transforms the kernels of up to eight outputs for one input, in float64, and puts each frequency
+/// behind its pointer.
+///
+/// # Safety
+/// Behind each pointer lie as many values from `at` on as there are outputs.
+#[inline(always)]
+unsafe fn transform_kernels(
+    g: &[[f64; 3]],
+    weight: &[f32],
+    [input, inputs]: [usize; 2],
+    outputs: Range<usize>,
+    scale: &[f64],
+    to: &[*mut f32],
+    at: usize,
+) {
+    let count = outputs.len();
+    let mut taps = [[0.0; OUTPUTS]; 9];
+    for (column, output) in outputs.enumerate() {
+        let kernel = &weight[(output * inputs + input) * 9..][..9];
+        for (tap, &value) in taps.iter_mut().zip(kernel) {
+            tap[column] = f64::from(value) * scale[output];
+        }
+    }
+    for (rows, to) in g.iter().zip(to.chunks_exact(g.len())) {
+        let mut half = [[0.0; OUTPUTS]; 3];
+        for kx in 0..3 {
+            for c in 0..OUTPUTS {
+                half[kx][c] =
+                    rows[0] * taps[kx][c] + rows[1] * taps[3 + kx][c] + rows[2] * taps[6 + kx][c];
+            }
+        }
+        for (columns, to) in g.iter().zip(to) {
+            let mut values = [0.0_f32; OUTPUTS];
+            for c in 0..OUTPUTS {
+                let sum =
+                    columns[0] * half[0][c] + columns[1] * half[1][c] + columns[2] * half[2][c];
+                values[c] = sum as f32;
+            }
+            // SAFETY: as the caller promises.
+            unsafe {
+                to.add(at).copy_from_nonoverlapping(values.as_ptr(), count);
+            }
+        }
     }
 }
 

@@ -1,13 +1,14 @@
 //! From the graph to steps: fusion, packed weights, lifetimes.
 
-use candle_core::Tensor;
 use candle_nn::var_builder::VarBuilder;
 
 use super::arena::{Lifetime, ValueId};
 use super::step::{Kind, Step, View};
 use super::{Options, PlanError};
-use crate::exec::params::fetch;
-use crate::graph::{Activation, Conv2d, Graph, Node, NodeId, Op, Padding, Pool2d, Shape};
+use crate::exec::params::{fetch, with_values};
+use crate::graph::{
+    Activation, Conv2d, Graph, Node, NodeId, Op, Padding, Parameter, Pool2d, Shape,
+};
 use crate::kernels::bottleneck::{Bottleneck, Expansion};
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::{Packed, Store};
@@ -17,26 +18,30 @@ use crate::kernels::pool::Reduction;
 use crate::kernels::winograd::Winograd;
 use crate::kernels::{Dims, Layout, Window, resample};
 
-pub(super) struct Lowered {
+/// Reads a layer's weights and packs them into the slab. Those of different layers may run at the
+/// same time.
+pub(super) type Job<'a> = Box<dyn FnOnce(&Slab) -> candle_core::Result<()> + Send + 'a>;
+
+pub(super) struct Lowered<'a> {
     pub steps: Vec<Step>,
     /// By value.
     pub lifetimes: Vec<Lifetime>,
     pub layouts: Vec<Layout>,
     /// By value: the value whose memory it is, itself as a rule.
     pub memory_of: Vec<ValueId>,
-    /// Packed weights, in values.
-    pub weights: usize,
+    /// What is left to do before the steps can run.
+    pub jobs: Vec<Job<'a>>,
     pub input: ValueId,
     pub outputs: Vec<(ValueId, Dims)>,
 }
 
-pub(super) fn lower(
-    graph: &Graph,
-    vb: &VarBuilder,
+pub(super) fn lower<'a>(
+    graph: &'a Graph,
+    vb: &'a VarBuilder,
     image: [usize; 2],
-    outputs: &[NodeId],
+    outputs: &'a [NodeId],
     options: Options,
-) -> Result<Lowered, PlanError> {
+) -> Result<Lowered<'a>, PlanError> {
     let shapes = graph.shapes(image[0], image[1])?;
     let mut readers: Vec<Vec<NodeId>> = vec![Vec::new(); shapes.len()];
     for id in graph.ids() {
@@ -58,7 +63,7 @@ pub(super) fn lower(
         layouts: Vec::new(),
         memory_of: Vec::new(),
         current: graph.input(),
-        slab: Slab::default(),
+        jobs: Vec::new(),
     };
     for id in graph.ids() {
         if !lowering.fused[id.index()] {
@@ -100,8 +105,7 @@ struct Lowering<'a> {
     memory_of: Vec<ValueId>,
     /// The node that steps are made for.
     current: NodeId,
-    /// Where weights are kept.
-    slab: Slab,
+    jobs: Vec<Job<'a>>,
 }
 
 /// What follows a convolution and becomes part of it.
@@ -115,7 +119,7 @@ struct Tail {
     end: NodeId,
 }
 
-impl Lowering<'_> {
+impl<'a> Lowering<'a> {
     fn node(&mut self, id: NodeId) -> Result<(), PlanError> {
         let graph = self.graph;
         let node = graph.node(id);
@@ -149,26 +153,25 @@ impl Lowering<'_> {
             }
             Op::Conv2d(ref c) => return self.convolution(id, c),
             Op::Linear { .. } => {
-                let parameters = self.parameters(node)?;
                 let outputs = self.dims[id.index()].c;
                 let source = self.input(node, 0);
-                return self.linear(id, source, &parameters[0], parameters.get(1), outputs);
+                return self.linear(id, source, &node.parameters, outputs);
             }
             Op::SelfAttention { dim, heads } => {
-                let parameters = self.parameters(node)?;
                 let Dims { h, w, .. } = self.dims[id.index()];
                 let source = self.input(node, 0);
                 let store = Store {
-                    bias: parameters[1].clone(),
+                    bias: self.values(&node.parameters[1])?,
                     activation: None,
                 };
                 let qkv = self.new_value(Dims::new(h, w, 3 * dim));
-                let projection = self.pointwise(&parameters[0], dim, &vec![1.0; 3 * dim], store);
+                let projection =
+                    self.pointwise(&node.parameters[0], dim, vec![1.0; 3 * dim], store);
                 self.push(projection, vec![source], qkv);
                 let mixed = self.new_value(Dims::new(h, w, dim));
                 self.push(Kind::Attention { heads }, vec![self.whole(qkv)], mixed);
                 let mixed = self.whole(mixed);
-                return self.linear(id, mixed, &parameters[2], Some(&parameters[3]), dim);
+                return self.linear(id, mixed, &node.parameters[2..], dim);
             }
             Op::Concat => return self.concat(id),
             Op::BatchNorm { eps, .. } => {
@@ -278,19 +281,23 @@ impl Lowering<'_> {
 
     fn convolution(&mut self, id: NodeId, c: &Conv2d) -> Result<(), PlanError> {
         let node = self.graph.node(id);
-        let parameters = self.parameters(node)?;
+        let [weight, bias @ ..] = &node.parameters[..] else {
+            unreachable!("a convolution has weights");
+        };
         let input_dims = self.dims[node.inputs[0].index()];
         let output_dims = self.dims[id.index()];
         let window = window(input_dims, c.kernel, c.stride, c.padding);
         let tail = self.tail(id)?;
-        let store = tail.store(parameters.get(1).map(Vec::as_slice));
+        let bias = bias.first().map(|b| self.values(b)).transpose()?;
+        let store = tail.store(bias.as_deref());
         let mut source = self.input(node, 0);
-        let (weight, scale, isa) = (&parameters[0], &tail.scale, self.options.isa);
+        let (scale, isa) = (&tail.scale, self.options.isa);
         let [kh, kw] = c.kernel;
         let border;
         let kind = if c.is_depthwise() {
             source = self.materialize(source);
             border = window.border(input_dims, output_dims);
+            let weight = self.values(weight)?;
             let area = kh * kw;
             let channels = output_dims.c;
             let value = |i: usize| {
@@ -306,30 +313,37 @@ impl Lowering<'_> {
         } else if c.in_channels == c.out_channels && Grouped::fits(isa, c.in_channels, c.groups) {
             source = self.materialize(source);
             border = window.border(input_dims, output_dims);
+            let weight = self.values(weight)?;
             let conv = Grouped::new(isa, window, c.in_channels, |o, i, tap| {
                 (f64::from(weight[(o * GROUP + i) * kh * kw + tap]) * scale[o]) as f32
             });
             Kind::Grouped { conv, store }
         } else if let Some(tile) = self.winograd_tile(c, &window) {
             source = self.materialize(source);
-            let channels = [c.out_channels, c.in_channels];
-            let conv = Winograd::new(isa, tile, channels, weight, scale).stored_in(&mut self.slab);
+            let conv = Winograd::unfilled(isa, tile, [c.out_channels, c.in_channels]);
+            let (later, scale) = (conv.share(), tail.scale.clone());
+            self.later(weight, move |slab, weight| {
+                later.store(slab, weight, &scale)
+            });
             border = conv.border(output_dims);
             Kind::Winograd { conv, store }
         } else {
             border = window.border(input_dims, output_dims);
             let (ins, outs) = (c.in_channels / c.groups, c.out_channels / c.groups);
-            let groups = (0..c.groups).map(|group| {
-                Packed::new(isa, kh * kw * ins, outs, |row, column| {
-                    let (tap, i) = (row / ins, row % ins);
-                    let o = group * outs + column;
-                    (f64::from(weight[(o * ins + i) * kh * kw + tap]) * scale[o]) as f32
-                })
-                .stored_in(&mut self.slab)
+            let (area, depth) = (kh * kw, kh * kw * ins);
+            let groups = (0..c.groups).map(|_| Packed::unfilled(isa, depth, outs));
+            let groups: Vec<Packed> = groups.collect();
+            let later: Vec<Packed> = groups.iter().map(Packed::share).collect();
+            let scale = tail.scale.clone();
+            self.later(weight, move |slab, weight| {
+                let weights = weight.chunks_exact(outs * depth);
+                for ((packed, weight), scale) in later.iter().zip(weights).zip(scale.chunks(outs)) {
+                    packed.store(slab, weight, [ins, area], scale);
+                }
             });
             Kind::Conv {
                 window,
-                groups: groups.collect(),
+                groups,
                 store,
                 gated: false,
             }
@@ -357,38 +371,59 @@ impl Lowering<'_> {
     }
 
     /// A linear layer over the pixels of `source`, with what follows node `id` taken in.
+    /// Parameters: weight `[outputs, inputs]`, bias where there is one.
     fn linear(
         &mut self,
         id: NodeId,
         source: View,
-        weight: &[f32],
-        bias: Option<&Vec<f32>>,
+        parameters: &'a [Parameter],
         outputs: usize,
     ) -> Result<(), PlanError> {
-        let tail = self.tail(id)?;
+        let [weight, bias @ ..] = parameters else {
+            unreachable!("a linear layer has weights");
+        };
+        let mut tail = self.tail(id)?;
         let Dims { h, w, c } = self.layouts[source.value].dims;
-        let store = tail.store(bias.map(Vec::as_slice));
-        let kind = self.pointwise(weight, c, &tail.scale, store);
+        let bias = bias.first().map(|b| self.values(b)).transpose()?;
+        let store = tail.store(bias.as_deref());
+        let scale = std::mem::take(&mut tail.scale);
+        let kind = self.pointwise(weight, c, scale, store);
         self.push_fused(kind, source, Dims::new(h, w, outputs), &tail);
         Ok(())
     }
 
     /// The convolution that a linear layer `[outputs, inputs]` is.
-    fn pointwise(&mut self, weight: &[f32], inputs: usize, scale: &[f64], store: Store) -> Kind {
-        let value = |i: usize, o: usize| (f64::from(weight[o * inputs + i]) * scale[o]) as f32;
+    fn pointwise(
+        &mut self,
+        weight: &'a Parameter,
+        inputs: usize,
+        scale: Vec<f64>,
+        store: Store,
+    ) -> Kind {
         let window = Window {
             kernel: [1, 1],
             stride: 1,
             before: [0, 0],
         };
+        let packed = Packed::unfilled(self.options.isa, inputs, scale.len());
+        let later = packed.share();
+        self.later(weight, move |slab, weight| {
+            later.store(slab, weight, [inputs, 1], &scale);
+        });
         Kind::Conv {
             window,
-            groups: vec![
-                Packed::new(self.options.isa, inputs, scale.len(), value).stored_in(&mut self.slab),
-            ],
+            groups: vec![packed],
             store,
             gated: false,
         }
+    }
+
+    /// Leaves a layer's weights for later.
+    fn later(&mut self, weight: &'a Parameter, pack: impl FnOnce(&Slab, &[f32]) + Send + 'a) {
+        let vb = self.vb;
+        self.jobs.push(Box::new(move |slab| {
+            with_values(&fetch(vb, weight)?, |weight| pack(slab, weight))
+        }));
     }
 
     fn push_node(&mut self, id: NodeId, kind: Kind, inputs: Vec<View>) {
@@ -467,9 +502,11 @@ impl Lowering<'_> {
     }
 
     fn parameters(&self, node: &Node) -> Result<Vec<Vec<f32>>, PlanError> {
-        let values = |tensor: Tensor| tensor.flatten_all()?.to_vec1::<f32>();
-        let all = node.parameters.iter().map(|p| values(fetch(self.vb, p)?));
-        Ok(all.collect::<candle_core::Result<_>>()?)
+        node.parameters.iter().map(|p| self.values(p)).collect()
+    }
+
+    fn values(&self, parameter: &Parameter) -> Result<Vec<f32>, PlanError> {
+        Ok(with_values(&fetch(self.vb, parameter)?, <[f32]>::to_vec)?)
     }
 
     fn new_value(&mut self, dims: Dims) -> ValueId {
@@ -490,7 +527,7 @@ impl Lowering<'_> {
         });
     }
 
-    fn finish(mut self) -> Lowered {
+    fn finish(mut self) -> Lowered<'a> {
         let wanted: Vec<NodeId> = self.outputs.to_vec();
         let mut outputs = Vec::new();
         for id in wanted {
@@ -539,7 +576,7 @@ impl Lowering<'_> {
             lifetimes,
             layouts: self.layouts,
             memory_of: self.memory_of,
-            weights: self.slab.stored(),
+            jobs: self.jobs,
             input: input.value,
             outputs,
         }

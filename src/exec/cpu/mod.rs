@@ -35,12 +35,13 @@ mod pool;
 mod shares;
 mod step;
 
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use candle_nn::var_builder::VarBuilder;
 
 use crate::graph::{Graph, GraphError, NodeId};
-use crate::kernels::memory::Buffer;
+use crate::kernels::memory::{Buffer, Slab};
 use crate::kernels::{Dims, Isa, Layout, Source, Target};
 use arena::{Slot, ValueId};
 pub use pool::Pool;
@@ -109,6 +110,22 @@ pub enum PlanError {
     },
 }
 
+/// Packs all weights, several layers at a time; gives the number of values that they are.
+fn pack(jobs: Vec<lower::Job>, pool: &Pool) -> candle_core::Result<usize> {
+    let slab = Slab::default();
+    let failed: Mutex<Option<candle_core::Error>> = Mutex::default();
+    pool.each(jobs, |job| {
+        if let Err(error) = job(&slab) {
+            let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+            failed.get_or_insert(error);
+        }
+    });
+    match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(error),
+        None => Ok(slab.stored()),
+    }
+}
+
 impl Plan {
     /// Compiles the graph for images of `[height, width]`, with parameters from `vb`.
     ///
@@ -129,9 +146,10 @@ impl Plan {
             threads: options.threads,
             source,
         })?;
-        let lowered = lower::lower(graph, vb, size, outputs, options)?;
+        let mut lowered = lower::lower(graph, vb, size, outputs, options)?;
+        let weights = pack(std::mem::take(&mut lowered.jobs), &pool)?;
         let slots = arena::place(&lowered.lifetimes);
-        let values = CACHE_VALUES.max(lowered.weights);
+        let values = CACHE_VALUES.max(weights);
         let images_at_once = (values / arena::per_image(&slots).max(1)).max(1);
         Ok(Self {
             timings: vec![Duration::ZERO; lowered.steps.len()],

@@ -25,11 +25,12 @@ mod tests;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, Var, bail};
+use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use candle_nn::var_builder::VarBuilder;
 use rand_chacha::ChaCha8Rng;
 
 use super::cpu::{Options, Plan, Pool};
+use super::params::with_values;
 use super::step::{TrainingStep, Variables};
 use crate::graph::{Graph, NodeId};
 use crate::kernels::memory::Buffer;
@@ -127,17 +128,6 @@ impl PlanStep {
         self.plans.insert(0, (shape, plan));
         Ok(())
     }
-}
-
-/// Calls `f` with a tensor's values.
-fn with_values<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
-    let (storage, layout) = tensor.storage_and_layout();
-    let (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) =
-        (&*storage, layout.contiguous_offsets())
-    else {
-        bail!("the training plan takes contiguous float32 tensors on the CPU");
-    };
-    Ok(f(&values[start..end]))
 }
 
 impl Compiled {

@@ -7,11 +7,14 @@ mod torch;
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::Path;
 
 use ::safetensors::Dtype;
 use half::{bf16, f16};
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 
 use crate::exec::params::TensorSource;
 
@@ -193,6 +196,27 @@ pub(super) fn map(path: &Path) -> Result<Bytes, WeightsError> {
 }
 
 impl Bytes {
+    /// Gives the pages of a mapped range back: a tensor is read once, as a rule, and what was
+    /// read would else count as this process's memory until the end.
+    fn release(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        if let Bytes::Mapped(map) = self {
+            // Whole pages of the usual size; where pages are larger, the system says no to some.
+            let page = 4096;
+            let start = range.start.next_multiple_of(page);
+            let end = range.end / page * page;
+            if start < end {
+                // SAFETY: the map is of a file and nobody writes to it, so that pages which are
+                // given back are read from the file again where somebody wants them.
+                let _ = unsafe {
+                    map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start)
+                };
+            }
+        }
+        #[cfg(not(unix))]
+        let _ = range;
+    }
+
     pub fn as_slice(&self) -> &[u8] {
         match self {
             Bytes::Mapped(map) => map,
@@ -220,14 +244,17 @@ impl TensorSource for Checkpoint {
         let Some(entry) = self.tensors.get(name) else {
             return Err(candle_core::Error::CannotFindTensor { path: name.into() });
         };
-        let bytes = &self.files[entry.file].as_slice()[entry.start..entry.end];
-        Ok(match entry.dtype {
+        let file = &self.files[entry.file];
+        let bytes = &file.as_slice()[entry.start..entry.end];
+        let values = match entry.dtype {
             Dtype::F32 => widen(bytes, entry, f32::from_le_bytes),
             Dtype::F64 => widen(bytes, entry, |b| f64::from_le_bytes(b) as f32),
             Dtype::F16 => widen(bytes, entry, |b| f16::from_le_bytes(b).to_f32()),
             Dtype::BF16 => widen(bytes, entry, |b| bf16::from_le_bytes(b).to_f32()),
             other => candle_core::bail!("tensor {name}: weights of type {other:?} are not read"),
-        })
+        };
+        file.release(entry.start..entry.end);
+        Ok(values)
     }
 }
 
