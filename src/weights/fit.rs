@@ -1,7 +1,7 @@
 //! Non-strict loading: the tensors of a file under our names, whatever names they have there.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::Arc;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, OnceLock};
 
 use super::dialects::{self, Dialect, Table};
 use crate::exec::params::{LoadReport, TensorSource};
@@ -85,20 +85,21 @@ pub fn fit(
     head: Head,
 ) -> Result<Fitted, FitError> {
     let held = Held::new(&*file);
-    let Some(best) = best_match(&held, architecture) else {
+    let candidates = candidates(architecture);
+    let Some(best) = best_match(&held, &candidates) else {
         return Err(FitError::OtherNetwork {
             report: Box::new(strict_report(&held, architecture)),
             closest: closest(&*file),
         });
     };
-    let backbone_fits = best.fitting == best.wanted;
+    let backbone_fits = best.fitting == best.candidate.backbone.len();
+    let found = find_head(&held, best.candidate, &best.prefix);
     let Match {
-        table,
+        candidate: Candidate { table, .. },
         prefix,
         architecture,
         ..
     } = best;
-    let found = find_head(&held, &table, &prefix, &architecture);
     let classes = match (head, &found) {
         (Head::Classes { count, .. }, _) => count,
         (Head::FromFile, Some(found)) => found.classes,
@@ -116,7 +117,7 @@ pub fn fit(
                 Some(found) => found.names(parameter, head_name),
                 None => Vec::new(),
             },
-            false => names_of(&table, &prefix, parameter),
+            false => prefixed(&prefix, &names_of(table, parameter)),
         };
         let name = parameter.name.clone();
         match held.meets(&names, &parameter.shape) {
@@ -179,62 +180,99 @@ pub fn fit(
 /// The network of the registry that a file's tensors fit best, where they fit one at least in
 /// half.
 pub fn closest(file: &dyn TensorSource) -> Option<&'static str> {
+    // Made once, since it takes longer than to look at a file.
+    static CANDIDATES: OnceLock<Vec<Vec<Candidate>>> = OnceLock::new();
+    let all = CANDIDATES.get_or_init(|| {
+        let rows = registry::all().iter();
+        rows.map(|row| candidates(&row.architecture)).collect()
+    });
     let held = Held::new(file);
-    let mut best = None;
-    for row in registry::all() {
-        let Some(found) = best_match(&held, &row.architecture) else {
+    let mut best: Option<(f64, u8, &str)> = None;
+    for (row, candidates) in registry::all().iter().zip(all) {
+        let Some(found) = best_match(&held, candidates) else {
             continue;
         };
+        let Candidate { backbone, head, .. } = found.candidate;
+        if 2 * found.fitting <= backbone.len() {
+            continue;
+        }
         // Of what either side has, how much is common.
-        let either = found.wanted + held.shapes.len() - found.fitting;
+        let either = backbone.len() + held.shapes.len() - found.fitting;
         let score = found.fitting as f64 / either as f64;
+        if best.is_some_and(|(most, ..)| score < most) {
+            continue;
+        }
         // Of networks with the same backbone: a table whose configuration is another row's
         // belongs to that row, and one of them may have no bias in its head.
         let own = found.architecture == row.architecture;
-        let head = find_head(&held, &found.table, &found.prefix, &row.architecture);
-        let bias = head.map(|h| held.shapes.contains_key(&format!("{}.bias", h.module)));
-        let head = row
-            .architecture
-            .graph(IMAGENET_CLASSES)
-            .head()
-            .parameters
-            .len();
-        let own = u8::from(own) + u8::from(bias == Some(head == 2));
-        let better = best.is_none_or(|(most, was_own, _)| (score, own) > (most, was_own));
-        if 2 * found.fitting > found.wanted && better {
+        let bias = find_head(&held, found.candidate, &found.prefix)
+            .map(|h| held.shapes.contains_key(&format!("{}.bias", h.module)));
+        let own = u8::from(own) + u8::from(bias == Some(head.bias));
+        if best.is_none_or(|(most, was_own, _)| (score, own) > (most, was_own)) {
             best = Some((score, own, row.name));
         }
     }
     best.map(|(_, _, name)| name)
 }
 
-/// A table, and where in the file its names begin, that fit as well as any.
-struct Match {
+/// A network in one dialect, as it is looked for in files.
+struct Candidate {
     table: Table,
+    /// For each parameter before the head its names in the dialect, and its shape.
+    backbone: Vec<(Vec<String>, Vec<usize>)>,
+    head: LinearHead,
+}
+
+/// The linear layer that a network ends in, under our name.
+struct LinearHead {
+    name: String,
+    /// None where the network ends in something else.
+    in_features: Option<usize>,
+    bias: bool,
+}
+
+/// A network in every dialect.
+fn candidates(architecture: &Architecture) -> Vec<Candidate> {
+    let candidate = |table: Table| {
+        let graph = table.architecture.graph(IMAGENET_CLASSES);
+        let head = graph.head();
+        let backbone = graph
+            .parameters()
+            .filter(|p| !in_module(&p.name, &head.name))
+            .map(|p| (names_of(&table, p), p.shape.clone()));
+        Candidate {
+            backbone: backbone.collect(),
+            head: LinearHead {
+                name: head.name.clone(),
+                in_features: match head.op {
+                    Op::Linear { in_features, .. } => Some(in_features),
+                    _ => None,
+                },
+                bias: head.parameters.len() == 2,
+            },
+            table,
+        }
+    };
+    let tables = dialects::tables(architecture).into_iter();
+    tables.map(candidate).collect()
+}
+
+/// A dialect, and where in the file its names begin, that fit as well as any.
+struct Match<'a> {
+    candidate: &'a Candidate,
     prefix: String,
     architecture: Architecture,
-    /// Parameters of the backbone that are there in their shape, of so many.
+    /// Parameters of the backbone that are there in their shape.
     fitting: usize,
-    wanted: usize,
 }
 
 /// None where no dialect has a single tensor in common with the file.
-fn best_match(held: &Held, architecture: &Architecture) -> Option<Match> {
+fn best_match<'a>(held: &Held, candidates: &'a [Candidate]) -> Option<Match<'a>> {
     let mut best: Option<Match> = None;
-    for table in dialects::tables(architecture) {
-        let graph = table.architecture.graph(IMAGENET_CLASSES);
-        let head = graph.head().name.clone();
-        let backbone: Vec<&Parameter> = graph
-            .parameters()
-            .filter(|p| !in_module(&p.name, &head))
-            .collect();
+    for candidate in candidates {
         let mut found: Option<(usize, String)> = None;
-        for prefix in held.prefixes(&table, &backbone) {
-            let fits = |p: &&&Parameter| {
-                let names = names_of(&table, &prefix, p);
-                matches!(held.meets(&names, &p.shape), Meets::Shape)
-            };
-            let fitting = backbone.iter().filter(fits).count();
+        for prefix in held.prefixes(candidate) {
+            let fitting = held.count_fitting(candidate, &prefix);
             if found.as_ref().is_none_or(|(most, _)| fitting > *most) {
                 found = Some((fitting, prefix));
             }
@@ -242,17 +280,16 @@ fn best_match(held: &Held, architecture: &Architecture) -> Option<Match> {
         let Some((mut fitting, prefix)) = found else {
             continue;
         };
-        let architecture = match follow(held, &table, &prefix) {
+        let architecture = match follow(held, &candidate.table, &prefix) {
             Some(other) => {
                 fitting += 1;
                 other
             }
-            None => table.architecture,
+            None => candidate.table.architecture,
         };
         if best.as_ref().is_none_or(|b| fitting > b.fitting) {
             best = Some(Match {
-                wanted: backbone.len(),
-                table,
+                candidate,
                 prefix,
                 architecture,
                 fitting,
@@ -292,10 +329,13 @@ fn strict_report(held: &Held, architecture: &Architecture) -> LoadReport {
     }
 }
 
-/// The file's names for a parameter of the backbone.
-fn names_of(table: &Table, prefix: &str, parameter: &Parameter) -> Vec<String> {
+/// The dialect's names for a parameter of the backbone.
+fn names_of(table: &Table, parameter: &Parameter) -> Vec<String> {
     let theirs = table.theirs(&parameter.name);
-    let names = theirs.map(|t| t.names).unwrap_or_default();
+    theirs.map(|t| t.names).unwrap_or_default()
+}
+
+fn prefixed(prefix: &str, names: &[String]) -> Vec<String> {
     names.iter().map(|n| format!("{prefix}{n}")).collect()
 }
 
@@ -312,7 +352,7 @@ fn is_counter(name: &str) -> bool {
 
 /// Names and shapes of a file, without counters.
 struct Held {
-    shapes: BTreeMap<String, Vec<usize>>,
+    shapes: HashMap<String, Vec<usize>>,
 }
 
 enum Meets {
@@ -337,14 +377,12 @@ impl Held {
         }
     }
 
-    /// What may stand before the names of a table: what stands before its first and its last.
-    fn prefixes(&self, table: &Table, backbone: &[&Parameter]) -> Vec<String> {
+    /// What may stand before a dialect's names: what stands before its first and its last.
+    fn prefixes(&self, candidate: &Candidate) -> Vec<String> {
         let mut prefixes = BTreeSet::new();
-        for anchor in [backbone.first(), backbone.last()].into_iter().flatten() {
-            let Some(theirs) = table.theirs(&anchor.name) else {
-                continue;
-            };
-            let Some(anchor) = theirs.names.first() else {
+        let ends = [candidate.backbone.first(), candidate.backbone.last()];
+        for (names, _) in ends.into_iter().flatten() {
+            let Some(anchor) = names.first() else {
                 continue;
             };
             let before = self
@@ -352,41 +390,61 @@ impl Held {
                 .keys()
                 .filter_map(|n| n.strip_suffix(anchor.as_str()));
             let whole = before.filter(|p| p.is_empty() || p.ends_with('.'));
-            prefixes.extend(whole.map(|p| (p.len(), p.to_string())));
+            prefixes.extend(whole.map(|p| (p.len(), p)));
         }
         let shortest = prefixes.into_iter().take(MOST_PREFIXES);
-        shortest.map(|(_, prefix)| prefix).collect()
+        shortest.map(|(_, prefix)| prefix.to_string()).collect()
+    }
+
+    /// How many parameters of the backbone are there in their shape.
+    fn count_fitting(&self, candidate: &Candidate, prefix: &str) -> usize {
+        let mut name = prefix.to_string();
+        let fits = |(names, wanted): &&(Vec<String>, Vec<usize>)| {
+            let shapes = names.iter().map(|n| {
+                name.truncate(prefix.len());
+                name.push_str(n);
+                self.shapes.get(name.as_str())
+            });
+            matches!(joined(shapes, wanted), Meets::Shape)
+        };
+        candidate.backbone.iter().filter(fits).count()
     }
 
     /// How the tensors of these names, joined, meet a shape.
     fn meets(&self, names: &[String], wanted: &[usize]) -> Meets {
-        let mut shapes = names.iter().map(|n| self.shapes.get(n));
-        let Some(Some(first)) = shapes.next() else {
+        joined(names.iter().map(|n| self.shapes.get(n)), wanted)
+    }
+}
+
+/// How tensors of these shapes, joined along the first dimension, meet a shape.
+fn joined<'a>(mut shapes: impl Iterator<Item = Option<&'a Vec<usize>>>, wanted: &[usize]) -> Meets {
+    let Some(Some(first)) = shapes.next() else {
+        return Meets::Missing;
+    };
+    let mut length = first.first().copied();
+    for shape in shapes {
+        let Some(shape) = shape else {
             return Meets::Missing;
         };
-        let mut joined = first.clone();
-        for shape in shapes {
-            let Some(shape) = shape else {
-                return Meets::Missing;
-            };
-            match (joined.split_first_mut(), shape.split_first()) {
-                (Some((length, rest)), Some((more, others))) if rest == others => {
-                    *length = length.saturating_add(*more);
-                }
-                _ => return Meets::OtherShape(shape.clone()),
+        match (&mut length, first.split_first(), shape.split_first()) {
+            (Some(length), Some((_, rest)), Some((more, others))) if rest == others => {
+                *length = length.saturating_add(*more);
             }
+            _ => return Meets::OtherShape(shape.clone()),
         }
-        if squeezed(&joined).eq(squeezed(wanted)) {
-            Meets::Shape
-        } else {
-            Meets::OtherShape(joined)
-        }
+    }
+    let rest = first.get(1..).unwrap_or_default();
+    let whole = length.iter().chain(rest).copied();
+    if without_ones(whole.clone()).eq(without_ones(wanted.iter().copied())) {
+        Meets::Shape
+    } else {
+        Meets::OtherShape(whole.collect())
     }
 }
 
 /// A shape without its dimensions of 1.
-fn squeezed(shape: &[usize]) -> impl Iterator<Item = usize> {
-    shape.iter().copied().filter(|&d| d != 1)
+fn without_ones(shape: impl Iterator<Item = usize>) -> impl Iterator<Item = usize> {
+    shape.filter(|&d| d != 1)
 }
 
 /// The head's linear layer in a file.
@@ -406,17 +464,9 @@ impl FoundHead {
 /// Finds the head: under its name in the dialect, inside or outside the prefix; else the only
 /// linear layer of the right width in a module of about that name, as those who replace a head
 /// by `Sequential(Dropout, Linear)` or by a plain layer leave it.
-fn find_head(
-    held: &Held,
-    table: &Table,
-    prefix: &str,
-    architecture: &Architecture,
-) -> Option<FoundHead> {
-    let graph = architecture.graph(IMAGENET_CLASSES);
-    let head = graph.head();
-    let Op::Linear { in_features, .. } = head.op else {
-        return None;
-    };
+fn find_head(held: &Held, candidate: &Candidate, prefix: &str) -> Option<FoundHead> {
+    let Candidate { table, head, .. } = candidate;
+    let in_features = head.in_features?;
     let classes = |module: &str| {
         let shape = held.shapes.get(&format!("{module}.weight"))?;
         match shape[..] {
