@@ -307,10 +307,10 @@ mod with {
         let reader = SerializedFileReader::new(file).map_err(text)?;
         let columns = columns(&reader)?;
         let schema = reader.metadata().file_metadata().schema();
-        let wanted = schema
-            .get_fields()
-            .iter()
-            .filter(|field| [&columns.image, &columns.label].contains(&&field.name().to_string()));
+        let wanted = schema.get_fields().iter().filter(|field| {
+            let name = field.name();
+            name == columns.image || name == columns.label
+        });
         let projection = Type::group_type_builder(schema.name())
             .with_fields(wanted.cloned().collect())
             .build()
