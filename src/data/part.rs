@@ -36,13 +36,13 @@ struct Parts {
 }
 
 impl LabelledImages {
-    /// Finds the images of `data`, which takes the forms of [`Dataset::open`]; a single class will
+    /// Finds the images of `data`, which takes the forms of [`super::Dataset::open`]; a single class will
     /// do. Without `part`, those to validate on where the data themselves say which these are,
     /// else those to test on, else all. The validation part of data that do not say it is the one
     /// that training with `val_split` and `seed` would draw.
     ///
     /// # Errors
-    /// As [`Dataset::open`], or where the part has no images.
+    /// As [`super::Dataset::open`], or where the part has no images.
     pub fn open(
         data: &str,
         part: Option<Part>,
