@@ -38,8 +38,17 @@ fn plan(graph: Graph, variables: &Variables) -> Box<dyn TrainingStep> {
     Box::new(PlanStep::new(graph, variables, Options::threads(2)).unwrap())
 }
 
-/// Compares every parameter's gradient on one batch with PyTorch's in float64.
-fn check_gradients(name: &str, make: Make) {
+/// Compares every parameter's gradient on one batch with PyTorch's in float64, for each network.
+fn check_gradients<'a>(names: impl IntoIterator<Item = &'a str>, make: Make) {
+    let failed: Vec<String> = names
+        .into_iter()
+        .flat_map(|n| far_gradients(n, make))
+        .collect();
+    assert!(failed.is_empty(), "{failed:#?}");
+}
+
+/// The parameters of a network whose gradients are too far from PyTorch's.
+fn far_gradients(name: &str, make: Make) -> Vec<String> {
     const SIDE: usize = 96;
     const BATCH: usize = 4;
     // TensorFlow's have a class for the background.
@@ -97,20 +106,22 @@ fn check_gradients(name: &str, make: Make) {
             worst = (ratio, parameter.clone());
         }
         if ratio > 1.0 {
-            failed.push(format!("{parameter}: {error:.1e}, PyTorch {own_error:.1e}"));
+            failed.push(format!(
+                "{name} {parameter}: {error:.1e}, PyTorch {own_error:.1e}"
+            ));
         }
     }
     println!(
         "{name}: at most {:.2} of what is tolerated ({})",
         worst.0, worst.1
     );
-    assert!(failed.is_empty(), "{name}: {failed:#?}");
+    failed
 }
 
 /// One network of each family and of each kind of block.
 #[test]
 fn the_plans_gradients_are_pytorchs() {
-    for name in [
+    let names = [
         "resnet18",
         "resnet50",
         "resnext50_32x4d",
@@ -122,37 +133,31 @@ fn the_plans_gradients_are_pytorchs() {
         "shufflenet_v2_x1_0",
         "vit_tiny_patch16_224",
         "efficientnet_lite0",
-    ] {
-        check_gradients(name, plan);
-    }
+    ];
+    check_gradients(names, plan);
 }
 
 #[test]
 #[ignore = "takes minutes: every network"]
 fn the_plans_gradients_are_pytorchs_everywhere() {
-    for row in registry::all() {
-        check_gradients(row.name, plan);
-    }
+    check_gradients(registry::all().iter().map(|row| row.name), plan);
 }
 
 #[test]
 fn candles_gradients_are_pytorchs() {
-    for name in [
+    let names = [
         "mobilenet_v3_small",
         "shufflenet_v2_x0_5",
         "shufflenet_g3_wd4",
         "vit_tiny_patch16_224",
-    ] {
-        check_gradients(name, eager);
-    }
+    ];
+    check_gradients(names, eager);
 }
 
 #[test]
 #[ignore = "takes minutes: candle's convolutions are slow backwards"]
 fn candles_gradients_are_pytorchs_everywhere() {
-    for row in registry::all() {
-        check_gradients(row.name, eager);
-    }
+    check_gradients(registry::all().iter().map(|row| row.name), eager);
 }
 
 /// Batches of real photos, as the oracle cuts them.
@@ -192,13 +197,16 @@ fn photo_batches(steps: usize) -> Vec<(Tensor, Vec<usize>)> {
     draws.chunks(BATCH).take(steps).map(batch).collect()
 }
 
-/// Follows PyTorch's losses for so many steps of 16 photos: within twice the gap between its two
-/// memory layouts as it has been so far, never asked below a thousandth.
+/// Follows PyTorch's losses for so many steps of 16 photos: within twice the largest gap so far
+/// between its own runs, which differ in the memory layout or in the images' last digits; never
+/// asked below a thousandth.
 fn check_curve(name: &str, optimizer: &str, steps: usize, make: Make) {
     const CLASSES: usize = 12;
-    type Curves = BTreeMap<String, BTreeMap<String, [Vec<f64>; 2]>>;
+    type Curves = BTreeMap<String, BTreeMap<String, Vec<Vec<f64>>>>;
     let curves: Curves = serde_json::from_slice(&golden("curves.json")).unwrap();
-    let [contiguous, channels_last] = &curves[name][optimizer];
+    let [first, others @ ..] = &curves[name][optimizer][..] else {
+        panic!("no runs")
+    };
     let (graph, variables) = network(name, CLASSES);
     let mut step = make(graph, &variables);
     let (rule, rate, weight_decay) = match optimizer {
@@ -235,8 +243,10 @@ fn check_curve(name: &str, optimizer: &str, steps: usize, make: Make) {
         optimizer_state
             .step(step.parameters(), &gradients, rate, 1.0, &workers)
             .unwrap();
-        let expected = contiguous[i];
-        gap = gap.max((expected - channels_last[i]).abs() / expected);
+        let expected = first[i];
+        for other in others {
+            gap = gap.max((expected - other[i]).abs() / expected);
+        }
         let error = (loss - expected).abs() / expected;
         let tolerance = (2.0 * gap).max(1e-3);
         println!(
