@@ -514,7 +514,7 @@ impl WithSimd for Product<'_> {
 /// Divides `count` rows into as few tiles of at most `most` rows as can be, of sizes as equal as
 /// can be: pairs of a size and how often. Small tiles are slow, since a processor starts two
 /// multiply-adds a cycle and each takes four: 49 rows are four tiles of six and five of five.
-fn tiles(count: usize, most: usize) -> [(usize, usize); 2] {
+pub(super) fn tiles(count: usize, most: usize) -> [(usize, usize); 2] {
     let tiles = count.div_ceil(most).max(1);
     let (size, larger) = (count / tiles, count % tiles);
     [(size + 1, larger), (size, tiles - larger)]

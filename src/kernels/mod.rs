@@ -10,7 +10,7 @@
 //! - [`gemm`]: products, that is linear layers, pointwise convolutions, and all others that have
 //!   no kernel of their own.
 //! - [`winograd`]: 3x3 convolutions of stride 1, with fewer multiplications and other digits.
-//! - [`depthwise`]: one channel a group; [`grouped`]: four.
+//! - [`depthwise`]: one channel a group; [`grouped`]: four; [`grouped_strip`]: eight or sixteen.
 //! - [`bottleneck`]: a depthwise convolution with the products around it, line by line.
 //! - [`attention`], [`norm`], [`pool`], [`elementwise`], [`resample`]: what their names say.
 //! - [`memory`]: blocks of memory in large pages.
@@ -36,6 +36,7 @@ pub mod depthwise_gradient;
 pub mod elementwise;
 pub mod gemm;
 pub mod grouped;
+pub mod grouped_strip;
 mod isa;
 pub mod memory;
 pub mod norm;

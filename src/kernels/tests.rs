@@ -7,6 +7,7 @@ use super::bottleneck::{Bottleneck, Expansion, Worker};
 use super::depthwise::Depthwise;
 use super::gemm::{Epilogue, Packed, Rows, Store, gemm};
 use super::grouped::{GROUP, Grouped};
+use super::grouped_strip::GroupedStrip;
 use super::memory::Slab;
 use super::pool::{Reduction, average, global_average, pool};
 use super::winograd::{Scratch, Winograd};
@@ -260,7 +261,7 @@ impl Case {
         &self,
         rng: &mut ChaCha8Rng,
         number: usize,
-        rows: impl Fn(&Source, &Target, Option<&Source>, usize, std::ops::Range<usize>),
+        mut rows: impl FnMut(&Source, &Target, Option<&Source>, usize, std::ops::Range<usize>),
     ) {
         let needed = self.window.border(self.input, self.output);
         let (input, mut output, residual) = self.batches(rng, needed);
@@ -390,6 +391,41 @@ fn groups_of_four_equal_a_plain_loop() {
         case.check_rows(&mut rng, number, |input, output, residual, image, rows| {
             // SAFETY: the batches hold what the case says, and are this test's own.
             unsafe { conv.rows(input, output, residual, case.epilogue(), image, rows) };
+        });
+    }
+}
+
+#[test]
+fn wider_groups_equal_a_plain_loop() {
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    let isa = Isa::detect();
+    for number in 0..200 {
+        let mut window = Case::random(&mut rng, number).window;
+        window.stride = rng.random_range(1..=2);
+        let (groups, width) = (rng.random_range(1..=4), [8, 16][number % 2]);
+        if !GroupedStrip::fits(isa, &window, groups * width, groups) {
+            continue; // vectors of another length
+        }
+        let after = [0, 1].map(|i| rng.random_range(0..window.kernel[i]));
+        let size = [0, 1].map(|i: usize| window.kernel[i] + rng.random_range(0..40));
+        let case = Case::new(
+            &mut rng,
+            number,
+            window,
+            size,
+            after,
+            [groups, width, width],
+        );
+        let area = window.kernel[0] * window.kernel[1];
+        let channels = [groups * width, groups];
+        let conv = GroupedStrip::new(isa, case.window, channels, |o, i, tap| {
+            case.weight[(o * width + i) * area + tap]
+        });
+        let mut scratch = Vec::new();
+        case.check_rows(&mut rng, number, |input, output, residual, image, rows| {
+            let (epilogue, scratch) = (case.epilogue(), &mut scratch);
+            // SAFETY: the batches hold what the case says, and are this test's own.
+            unsafe { conv.rows(input, output, residual, epilogue, image, rows, scratch) };
         });
     }
 }

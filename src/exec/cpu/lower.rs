@@ -13,6 +13,7 @@ use crate::kernels::bottleneck::{Bottleneck, Expansion};
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::{Packed, Store};
 use crate::kernels::grouped::{GROUP, Grouped};
+use crate::kernels::grouped_strip::GroupedStrip;
 use crate::kernels::memory::Slab;
 use crate::kernels::pool::Reduction;
 use crate::kernels::winograd::Winograd;
@@ -318,6 +319,18 @@ impl<'a> Lowering<'a> {
                 (f64::from(weight[(o * GROUP + i) * kh * kw + tap]) * scale[o]) as f32
             });
             Kind::Grouped { conv, store }
+        } else if c.in_channels == c.out_channels
+            && GroupedStrip::fits(isa, &window, c.in_channels, c.groups)
+        {
+            source = self.materialize(source);
+            border = window.border(input_dims, output_dims);
+            let ins = c.in_channels / c.groups;
+            let channels = [c.in_channels, c.groups];
+            let weight = self.values(weight)?;
+            let conv = GroupedStrip::new(isa, window, channels, |o, i, tap| {
+                (f64::from(weight[(o * ins + i) * kh * kw + tap]) * scale[o]) as f32
+            });
+            Kind::GroupedStrip { conv, store }
         } else if let Some(tile) = self.winograd_tile(c, &window) {
             source = self.materialize(source);
             let conv = Winograd::unfilled(isa, tile, [c.out_channels, c.in_channels]);

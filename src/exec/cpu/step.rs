@@ -11,6 +11,7 @@ use crate::kernels::bottleneck::{self, Bottleneck};
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::{Epilogue, Packed, Rows, Store, gemm};
 use crate::kernels::grouped::Grouped;
+use crate::kernels::grouped_strip::GroupedStrip;
 use crate::kernels::memory::Buffer;
 use crate::kernels::pool::{Reduction, average, pool};
 use crate::kernels::winograd::{self, Winograd};
@@ -62,6 +63,11 @@ pub(super) enum Kind {
     /// Groups of four channels.
     Grouped {
         conv: Grouped,
+        store: Store,
+    },
+    /// Groups of eight or sixteen channels.
+    GroupedStrip {
+        conv: GroupedStrip,
         store: Store,
     },
     /// A depthwise convolution with those before and after it.
@@ -117,6 +123,8 @@ struct Scratch {
     rows: Rows,
     /// Rows that were multiplied by a gate.
     gated: Vec<f32>,
+    /// A group's channels of some rows.
+    strip: Vec<f32>,
     attention: attention::Scratch,
 }
 
@@ -139,7 +147,7 @@ impl Kind {
             Kind::Conv { .. } => "product",
             Kind::Winograd { .. } => "winograd",
             Kind::Depthwise { .. } => "depthwise",
-            Kind::Grouped { .. } => "grouped",
+            Kind::Grouped { .. } | Kind::GroupedStrip { .. } => "grouped",
             Kind::Bottleneck(_) => "bottleneck",
             Kind::ScaleShift { .. } => "scale and shift",
             Kind::Activation(_) => "activation",
@@ -211,6 +219,15 @@ impl Step {
                     let residual = inputs.get(1);
                     conv.rows(&inputs[0], &output, residual, store.epilogue(), image, rows);
                 }
+            }),
+            Kind::GroupedStrip { conv, store } => run.for_row_blocks(|image, rows| {
+                SCRATCH.with_borrow_mut(|Scratch { strip, .. }| {
+                    let (residual, epilogue) = (inputs.get(1), store.epilogue());
+                    // SAFETY: see above.
+                    unsafe {
+                        conv.rows(&inputs[0], &output, residual, epilogue, image, rows, strip);
+                    }
+                });
             }),
             Kind::Bottleneck(block) => run.bottleneck(block, scratch),
             Kind::ScaleShift { scale, shift } => run.for_rows(|image, y, out| {
