@@ -118,7 +118,8 @@ pub(super) enum WeightSums {
     Panels {
         a: ValueId,
         z: ValueId,
-        sums: ValueId,
+        /// None where the product is the gradient as it is wanted ([`Layer::is_direct`]).
+        sums: Option<ValueId>,
     },
 }
 
@@ -206,6 +207,8 @@ const LANES: usize = 8;
 /// A block's strips should stay in the second-level cache.
 const STRIP_VALUES: usize = 64 << 10;
 const WINOGRAD_VALUES: usize = 128 << 10;
+/// Rows of a weight gradient that a task computes from panels.
+const PART_ROWS: usize = 8 * PANEL;
 
 #[derive(Default)]
 struct Scratch {
@@ -333,9 +336,15 @@ impl Layer {
         matches!(self.weights, Weights::Depthwise(_))
     }
 
+    /// Whether panels of gradients times panels of windows are the weights' gradient in PyTorch's
+    /// layout, `[outputs, inputs]`, without padding.
+    fn is_direct(&self) -> bool {
+        self.is_pointwise() && self.conv.groups == 1 && self.input.c.is_multiple_of(PANEL)
+    }
+
     /// Runs of blocks that a weight gradient is summed in, and the values that it takes; or the
-    /// values of window panels, gradient panels and sums.
-    pub fn plan_weight_sums(&self) -> Result<(usize, usize), [usize; 3]> {
+    /// values of window panels, gradient panels and, where they are wanted, sums.
+    pub fn plan_weight_sums(&self) -> Result<(usize, usize), ([usize; 2], Option<usize>)> {
         let lanes = LANES.min(self.blocks.len());
         if self.is_depthwise() {
             let [kh, kw] = self.window.kernel;
@@ -347,11 +356,13 @@ impl Layer {
         }
         let rows = self.all_product_rows();
         let panels = |count: usize| shape.groups * count * PANEL * rows;
-        Err([
-            panels(shape.window_panels()),
-            panels(shape.gradient_panels()),
-            shape.len(),
-        ])
+        Err((
+            [
+                panels(shape.window_panels()),
+                panels(shape.gradient_panels()),
+            ],
+            (!self.is_direct()).then(|| shape.len()),
+        ))
     }
 
     /// An unfilled forward and backward side for a layer.
@@ -851,14 +862,22 @@ impl Layer {
             line,
             rows,
         } = scratch;
-        let values = room(gradient, strip.len() * block.images);
-        for (image, out) in values.chunks_exact_mut(strip.len()).enumerate() {
-            let start = (block.image + image) * self.output.pixels();
-            strip.fill(low, self.output.h, out, |pixel, pixels, out| {
-                memory.read_gradient(&backward.from, start + pixel, pixels, out);
-            });
-        }
-        let dz = Source::new(values, strip.layout(), block.images);
+        let dz = if self.is_pointwise() && stride == 1 && backward.from.norm.is_none() {
+            // As it lies there: the strip would be a copy.
+            let (start, _) = block.pixels(self.output);
+            // SAFETY: a place in the value.
+            let pointer = unsafe { memory.pointer(backward.from.gradient).add(start * channels) };
+            Source::at(pointer, strip.layout())
+        } else {
+            let values = room(gradient, strip.len() * block.images);
+            for (image, out) in values.chunks_exact_mut(strip.len()).enumerate() {
+                let start = (block.image + image) * self.output.pixels();
+                strip.fill(low, self.output.h, out, |pixel, pixels, out| {
+                    memory.read_gradient(&backward.from, start + pixel, pixels, out);
+                });
+            }
+            Source::new(values, strip.layout(), block.images)
+        };
         // Where the block's own rows begin in the strip.
         let own = (block.y as isize - low) as usize;
         if let Some(partials) = &backward.bias {
@@ -1247,7 +1266,14 @@ impl Layer {
         let shape = self.sum_shape();
         let (lanes, values) = match *sums {
             WeightSums::Lanes { lanes, sums } => (lanes, sums),
-            WeightSums::Panels { a, z, sums } => {
+            WeightSums::Panels { a, z, sums: None } => {
+                return self.multiply_directly(memory, &shape, a, z);
+            }
+            WeightSums::Panels {
+                a,
+                z,
+                sums: Some(sums),
+            } => {
                 self.multiply_panels(memory, &shape, a, z, sums);
                 (1, sums)
             }
@@ -1321,6 +1347,46 @@ impl Layer {
         gradient
     }
 
+    /// All pixels' gradients times all pixels' windows, `[outputs, inputs]`.
+    fn multiply_directly(
+        &self,
+        memory: &Memory,
+        shape: &SumShape,
+        a: ValueId,
+        z: ValueId,
+    ) -> Vec<f32> {
+        let (inputs, outputs) = (shape.depth, shape.outputs);
+        let pixels = self.all_product_rows();
+        let panels = |value: ValueId| Panels {
+            pointer: memory.pointer(value),
+            stride: pixels * PANEL,
+        };
+        let (a, z) = (panels(a), panels(z));
+        let mut gradient = Vec::with_capacity(outputs * inputs);
+        let to = Shared(gradient.as_mut_ptr());
+        memory.pool.run(outputs.div_ceil(PART_ROWS), |task| {
+            let part = task * PART_ROWS..((task + 1) * PART_ROWS).min(outputs);
+            // SAFETY: the panels have been filled; the part's rows of the gradient are the task's.
+            unsafe {
+                let out = to.get();
+                transposed::product(
+                    memory.isa,
+                    z,
+                    a,
+                    pixels,
+                    part,
+                    0..inputs,
+                    out,
+                    inputs,
+                    false,
+                );
+            }
+        });
+        // SAFETY: the parts are all outputs, and inputs are whole panels.
+        unsafe { gradient.set_len(outputs * inputs) };
+        gradient
+    }
+
     /// All pixels' windows times all pixels' gradients.
     fn multiply_panels(
         &self,
@@ -1330,14 +1396,13 @@ impl Layer {
         z: ValueId,
         sums: ValueId,
     ) {
-        const DEPTH: usize = 8 * PANEL;
         let pixels = self.all_product_rows();
         let stride = pixels * PANEL;
         let leading = padded(shape.outputs);
-        let parts = shape.depth.div_ceil(DEPTH);
+        let parts = shape.depth.div_ceil(PART_ROWS);
         memory.pool.run(shape.groups * parts, |task| {
             let (group, part) = (task / parts, task % parts);
-            let k = part * DEPTH..((part + 1) * DEPTH).min(shape.depth);
+            let k = part * PART_ROWS..((part + 1) * PART_ROWS).min(shape.depth);
             // SAFETY: the panels have been filled; the part's rows of the sums are the task's.
             unsafe {
                 let panels = |value: ValueId, count: usize| Panels {

@@ -821,9 +821,10 @@ impl Lowering<'_> {
                 uses.push(sums);
                 WeightSums::Lanes { lanes, sums }
             }
-            Err(lengths) => {
-                let [a, z, sums] = lengths.map(|len| self.new_value(len, false));
-                uses.extend([a, z, sums]);
+            Err((panels, sums)) => {
+                let [a, z] = panels.map(|len| self.new_value(len, false));
+                let sums = sums.map(|len| self.new_value(len, false));
+                uses.extend([a, z].into_iter().chain(sums));
                 WeightSums::Panels { a, z, sums }
             }
         });
