@@ -8,6 +8,7 @@
 //! depth, whatever tile it is in: its bits depend on nothing else.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use pulp::{Simd, WithSimd};
@@ -32,6 +33,8 @@ enum Values {
     Own(Vec<f32>),
     /// In a slab, once they are packed.
     Stored(Arc<OnceLock<Block>>),
+    /// Where [`Packed::lend`] said.
+    Lent(AtomicPtr<f32>),
 }
 
 /// A block of columns.
@@ -86,53 +89,94 @@ impl Packed {
         }
     }
 
-    /// Rows `first..` of a convolution's weights in the place of the old values. The weights are
-    /// `[outputs, inputs, area]` as PyTorch has them, their rows `[area, inputs]`.
-    pub fn set_convolution(&mut self, weight: &[f32], [inputs, area]: [usize; 2], first: usize) {
+    /// As [`Packed::new`], but without memory: values are where [`Packed::lend`] says.
+    pub fn borrowing(isa: Isa, depth: usize, columns: usize) -> Self {
+        Self {
+            isa,
+            panels: panels(columns, depth, isa.lanes()),
+            values: Values::Lent(AtomicPtr::default()),
+            depth,
+        }
+    }
+
+    /// Where the values are from now on.
+    ///
+    /// # Panics
+    /// Where the product has memory of its own.
+    pub fn lend(&self, values: *mut f32) {
+        let Values::Lent(place) = &self.values else {
+            unreachable!("the product has memory of its own");
+        };
+        place.store(values, Ordering::Relaxed);
+    }
+
+    /// Fills a panel in memory that was lent: `fill(row, first column, values)` for each row.
+    ///
+    /// # Safety
+    /// Behind the pointer that was lent lie [`Packed::values_len`] values, and nobody else touches those
+    /// of the panel.
+    pub unsafe fn fill_panel(&self, panel: usize, fill: impl Fn(usize, usize, &mut [f32])) {
+        // SAFETY: as the caller promises.
+        let (panel, width, to) = unsafe { self.lent_panel(panel) };
+        for (row, to) in to.chunks_exact_mut(width).enumerate() {
+            let (to, padding) = to.split_at_mut(panel.columns);
+            fill(row, panel.start, to);
+            padding.fill(0.0);
+        }
+    }
+
+    /// The same with rows `first..` of a convolution's weights, which are `[outputs, inputs,
+    /// area]` as PyTorch has them; the product's rows are `[area, inputs]`.
+    ///
+    /// # Safety
+    /// As [`Packed::fill_panel`].
+    pub unsafe fn fill_panel_of_convolution(
+        &self,
+        panel: usize,
+        weight: &[f32],
+        [inputs, area]: [usize; 2],
+        first: usize,
+    ) {
         // Of an output at a time: lines that are read, and lines that are written, stay in the
         // cache.
         const BLOCK: usize = 64;
-        let Values::Own(values) = &mut self.values else {
-            unreachable!("weights that change are not kept in a slab");
-        };
-        let lanes = self.isa.lanes();
-        let depth = self.depth;
-        for panel in &self.panels {
-            let width = panel.vectors * lanes;
-            let to = &mut values[panel.offset..][..depth * width];
-            for start in (0..depth).step_by(BLOCK) {
-                let end = (start + BLOCK).min(depth);
-                for column in 0..panel.columns {
-                    let from = &weight[(panel.start + column) * inputs * area..][..inputs * area];
-                    let rows = to[start * width..end * width].chunks_exact_mut(width);
-                    if area == 1 {
-                        let from = &from[first + start..];
-                        rows.zip(from).for_each(|(row, &v)| row[column] = v);
-                        continue;
-                    }
-                    for (row, at) in rows.zip(first + start..) {
-                        row[column] = from[at % inputs * area + at / inputs];
-                    }
+        // SAFETY: as the caller promises.
+        let (panel, width, to) = unsafe { self.lent_panel(panel) };
+        for start in (0..self.depth).step_by(BLOCK) {
+            let end = (start + BLOCK).min(self.depth);
+            for column in 0..width {
+                let rows = to[start * width..end * width].chunks_exact_mut(width);
+                if column >= panel.columns {
+                    rows.for_each(|row| row[column] = 0.0);
+                    continue;
+                }
+                let from = &weight[(panel.start + column) * inputs * area..][..inputs * area];
+                if area == 1 {
+                    let from = &from[first + start..];
+                    rows.zip(from).for_each(|(row, &v)| row[column] = v);
+                    continue;
+                }
+                for (row, at) in rows.zip(first + start..) {
+                    row[column] = from[at % inputs * area + at / inputs];
                 }
             }
         }
     }
 
-    /// Other values in the place of the old ones, `value(row, column)` each.
-    pub fn refill(&mut self, value: impl Fn(usize, usize) -> f32) {
-        let Values::Own(values) = &mut self.values else {
-            unreachable!("weights that change are not kept in a slab");
+    /// A panel, its width, and its values.
+    ///
+    /// # Safety
+    /// As [`Packed::fill_panel`].
+    #[allow(clippy::mut_from_ref)] // the contract makes the panel the caller's own
+    unsafe fn lent_panel(&self, panel: usize) -> (&Panel, usize, &mut [f32]) {
+        let panel = &self.panels[panel];
+        let width = panel.vectors * self.isa.lanes();
+        // SAFETY: as the caller promises.
+        let values = unsafe {
+            let start = self.pointer().add(panel.offset).cast_mut();
+            std::slice::from_raw_parts_mut(start, self.depth * width)
         };
-        let lanes = self.isa.lanes();
-        for panel in &self.panels {
-            let width = panel.vectors * lanes;
-            let rows = values[panel.offset..][..self.depth * width].chunks_exact_mut(width);
-            for (row, to) in rows.enumerate() {
-                for (column, to) in to[..panel.columns].iter_mut().enumerate() {
-                    *to = value(row, panel.start + column);
-                }
-            }
-        }
+        (panel, width, values)
     }
 
     /// As [`Packed::new`], with values that [`Packed::store`] brings later.
@@ -170,7 +214,7 @@ impl Packed {
         assert_eq!(inputs * area, self.depth);
         assert_eq!(weight.len(), self.depth * scale.len());
         // SAFETY: the panels make up all of the block.
-        let block = unsafe { slab.reserve(self.len()) };
+        let block = unsafe { slab.reserve(self.values_len()) };
         self.isa.compiled(
             #[inline(always)]
             || {
@@ -197,7 +241,7 @@ impl Packed {
         let Values::Stored(place) = &self.values else {
             unreachable!("values of its own are not stored elsewhere");
         };
-        assert_eq!(block.len(), self.len());
+        assert_eq!(block.len(), self.values_len());
         assert!(place.set(block).is_ok(), "weights are packed once");
     }
 
@@ -209,7 +253,7 @@ impl Packed {
     }
 
     /// Values of all panels, padding included.
-    pub(super) fn len(&self) -> usize {
+    pub fn values_len(&self) -> usize {
         self.panels
             .last()
             .map_or(0, |p| p.offset + self.panel_len(p))
@@ -219,12 +263,14 @@ impl Packed {
         self.depth * panel.vectors * self.isa.lanes()
     }
 
-    fn values(&self) -> &[f32] {
+    fn pointer(&self) -> *const f32 {
         match &self.values {
-            Values::Own(values) => values,
+            Values::Own(values) => values.as_ptr(),
             Values::Stored(block) => block
                 .get()
-                .expect("weights are packed before they are used"),
+                .expect("weights are packed before they are used")
+                .as_ptr(),
+            Values::Lent(values) => values.load(Ordering::Relaxed),
         }
     }
 
@@ -558,7 +604,7 @@ impl Product<'_> {
         unsafe {
             let bias = self.bias::<S, NV>(simd, panel);
             let mut sums = [bias; MR];
-            let mut weights = self.packed.values().as_ptr().add(panel.offset);
+            let mut weights = self.packed.pointer().add(panel.offset);
             let inputs = self.rows.inputs.as_ptr().add(row);
             for &tap in self.taps {
                 let mut pixels = [std::ptr::null::<f32>(); MR];

@@ -91,10 +91,14 @@ pub(super) struct Layer {
     pub backward: Option<Backward>,
 }
 
-/// Weights as the kernels read them, filled anew before each step.
+/// Weights as the kernels read them, filled anew for each step.
 pub(super) enum Weights {
-    /// A product for each group.
-    Dense(Vec<Product>),
+    /// A product for each group, packed right before it is used: all layers' at once would take as
+    /// much memory as the parameters again.
+    Dense {
+        groups: Vec<Product>,
+        place: ValueId,
+    },
     /// A product for each frequency of tiles of four.
     Winograd(Vec<Packed>),
     Depthwise(Depthwise),
@@ -128,8 +132,18 @@ pub(super) struct InputGradient {
     pub phases: Vec<Phase>,
     /// Stride 1 depthwise: the convolution with the kernel turned round.
     pub turned: Option<Depthwise>,
+    /// Where the products of the phases are packed.
+    pub place: ValueId,
     /// Winograd: a product for each frequency of tiles of six.
     pub frequencies: Vec<Packed>,
+}
+
+impl InputGradient {
+    /// Values of the packed weights.
+    pub fn packed_len(&self) -> usize {
+        let products = self.phases.iter().flat_map(|phase| &phase.groups);
+        products.map(Product::len).sum()
+    }
 }
 
 /// Input pixels whose row and column plus padding leave the remainders `y` and `x` by the stride:
@@ -158,7 +172,7 @@ impl Product {
     fn new(isa: Isa, runs: usize, run: usize, columns: usize) -> Self {
         let mut parts = Vec::new();
         let mut part = |start: usize, depth: usize| {
-            parts.push((start, Packed::new(isa, depth, columns, |_, _| 0.0)));
+            parts.push((start, Packed::borrowing(isa, depth, columns)));
         };
         if run > Self::DEPTH {
             let pieces = run.div_ceil(Self::DEPTH);
@@ -176,6 +190,36 @@ impl Product {
             }
         }
         Self { run, parts }
+    }
+
+    /// Values of the packed weights.
+    pub fn len(&self) -> usize {
+        self.parts.iter().map(|(_, packed)| packed.len()).sum()
+    }
+
+    /// Packs the weights of some products into a value: `fill(product, first row, part, panel)`.
+    fn pack(
+        products: &[&Self],
+        memory: &Memory,
+        place: ValueId,
+        fill: impl Fn(usize, usize, &Packed, usize) + Sync,
+    ) {
+        // SAFETY: the value is this step's own.
+        let mut values = unsafe { memory.part(place, 0, memory.values(place).len()) };
+        let mut tasks = Vec::new();
+        for (index, product) in products.iter().enumerate() {
+            for (start, packed) in &product.parts {
+                let (own, rest) = std::mem::take(&mut values).split_at_mut(packed.len());
+                packed.lend(own.as_mut_ptr());
+                values = rest;
+                let panels = 0..packed.panel_count();
+                tasks.extend(panels.map(|panel| (index, *start, packed, panel)));
+            }
+        }
+        memory.pool.run(tasks.len(), |task| {
+            let (index, start, packed, panel) = tasks[task];
+            fill(index, start, packed, panel);
+        });
     }
 
     /// # Safety
@@ -365,7 +409,7 @@ impl Layer {
         ))
     }
 
-    /// An unfilled forward and backward side for a layer.
+    /// Unfilled weights for a layer; products have no place yet.
     pub fn new_weights(isa: Isa, conv: &Conv2d, window: Window, exact: bool) -> Weights {
         let [kh, kw] = conv.kernel;
         let winograd = !exact
@@ -403,7 +447,8 @@ impl Layer {
             _ => (kh * kw, ins),
         };
         let pack = |_| Product::new(isa, runs, run, outs);
-        Weights::Dense((0..conv.groups).map(pack).collect())
+        let groups = (0..conv.groups).map(pack).collect();
+        Weights::Dense { groups, place: 0 }
     }
 
     pub fn new_input_gradient(
@@ -417,6 +462,7 @@ impl Layer {
                 destination,
                 phases: Vec::new(),
                 turned: None,
+                place: 0,
                 frequencies: frequencies(isa, 6, conv.out_channels, conv.in_channels),
             };
         }
@@ -458,6 +504,7 @@ impl Layer {
             destination,
             phases,
             turned,
+            place: 0,
             frequencies: Vec::new(),
         }
     }
@@ -466,12 +513,7 @@ impl Layer {
     pub fn load(&mut self, weight: &[f32], bias: Option<&[f32]>) {
         let [kh, kw] = self.window.kernel;
         let area = kh * kw;
-        let s = self.conv.stride;
-        let groups = self.conv.groups;
-        let (ins, outs) = (
-            self.conv.in_channels / groups,
-            self.conv.out_channels / groups,
-        );
+        let channels = self.output.c;
         match bias {
             Some(bias) => self.bias_values.copy_from_slice(bias),
             None => self.bias_values.fill(0.0),
@@ -483,24 +525,15 @@ impl Layer {
             }
             Weights::Depthwise(conv) => {
                 for tap in 0..area {
-                    for c in 0..outs * groups {
-                        conv.weights[tap * outs * groups + c] = weight[c * area + tap];
+                    for c in 0..channels {
+                        conv.weights[tap * channels + c] = weight[c * area + tap];
                     }
                 }
             }
-            Weights::Dense(packed) => {
-                for (group, product) in packed.iter_mut().enumerate() {
-                    let len = outs * ins * area;
-                    let weight = &weight[group * len..][..len];
-                    for (start, packed) in &mut product.parts {
-                        packed.set_convolution(weight, [ins, area], *start);
-                    }
-                }
-            }
+            Weights::Dense { .. } => {}
         }
         let input = self.backward.as_mut().and_then(|b| b.input.as_mut());
         let Some(InputGradient {
-            phases,
             turned,
             frequencies,
             ..
@@ -513,34 +546,68 @@ impl Layer {
             return;
         }
         if let Some(turned) = turned {
-            let channels = outs * groups;
             for tap in 0..area {
                 for c in 0..channels {
                     turned.weights[tap * channels + c] = weight[c * area + area - 1 - tap];
                 }
             }
         }
-        for phase in phases {
+    }
+
+    /// Packs the products of the forward pass, which comes next.
+    pub fn pack_forward(&self, memory: &Memory, weight: &[f32]) {
+        let Weights::Dense { groups, place } = &self.weights else {
+            return;
+        };
+        let [kh, kw] = self.window.kernel;
+        let ins = self.input.c / self.conv.groups;
+        let each = weight.len() / self.conv.groups;
+        let products: Vec<&Product> = groups.iter().collect();
+        Product::pack(&products, memory, *place, |group, start, packed, panel| {
+            let weight = &weight[group * each..][..each];
+            // SAFETY: each panel is one task's.
+            unsafe { packed.fill_panel_of_convolution(panel, weight, [ins, kh * kw], start) };
+        });
+    }
+
+    /// Packs the products of the backward pass, which comes next.
+    pub fn pack_backward(&self, memory: &Memory, weight: &[f32]) {
+        let Some(input) = self.backward.as_ref().and_then(|b| b.input.as_ref()) else {
+            return;
+        };
+        let [kh, kw] = self.window.kernel;
+        let area = kh * kw;
+        let s = self.conv.stride;
+        let groups = self.conv.groups;
+        let (ins, outs) = (self.input.c / groups, self.output.c / groups);
+        let of_phase = |phase| std::iter::repeat(phase).zip(0..groups);
+        let places: Vec<(&Phase, usize)> = input
+            .phases
+            .iter()
+            .filter(|phase| !phase.groups.is_empty())
+            .flat_map(of_phase)
+            .collect();
+        let products: Vec<&Product> = places.iter().map(|&(p, group)| &p.groups[group]).collect();
+        let fill = |index: usize, start: usize, packed: &Packed, panel: usize| {
+            let (phase, group) = places[index];
             let [ty, tx] = phase.taps;
-            let (py, px) = (phase.y, phase.x);
-            for (group, product) in phase.groups.iter_mut().enumerate() {
-                for (start, packed) in &mut product.parts {
-                    if area == 1 {
-                        for row in 0..packed.depth() {
-                            let o = group * outs + *start + row;
-                            packed.set_row(row, &weight[o * ins..][..ins]);
-                        }
-                        continue;
-                    }
-                    packed.refill(|row, i| {
-                        let (tap, o) = ((*start + row) / outs, (*start + row) % outs);
-                        let (y, x) = (tap / tx, tap % tx);
-                        let (ky, kx) = (py + (ty - 1 - y) * s, px + (tx - 1 - x) * s);
-                        weight[((group * outs + o) * ins + i) * area + ky * kw + kx]
-                    });
+            let fill = |row: usize, first: usize, to: &mut [f32]| {
+                let (tap, o) = ((start + row) / outs, (start + row) % outs);
+                let from = &weight[((group * outs + o) * ins + first) * area..];
+                if area == 1 {
+                    to.copy_from_slice(&from[..to.len()]);
+                    return;
                 }
-            }
-        }
+                let (y, x) = (tap / tx, tap % tx);
+                let (ky, kx) = (phase.y + (ty - 1 - y) * s, phase.x + (tx - 1 - x) * s);
+                for (to, from) in to.iter_mut().zip(from.chunks_exact(area)) {
+                    *to = from[ky * kw + kx];
+                }
+            };
+            // SAFETY: each panel is one task's.
+            unsafe { packed.fill_panel(panel, fill) };
+        };
+        Product::pack(&products, memory, input.place, fill);
     }
 
     /// Whether windows are single pixels, so that a row of the input is a row of the product.
@@ -649,7 +716,7 @@ impl Layer {
                     }
                 }
             }
-            Weights::Dense(packed) => {
+            Weights::Dense { groups: packed, .. } => {
                 let taps = self.taps(&input.layout);
                 let (ins, outs) = (self.input.c / groups, channels / groups);
                 for (group, product) in packed.iter().enumerate() {

@@ -8,7 +8,7 @@
 
 use candle_core::{Result, bail};
 
-use super::conv::{self, Layer, WeightSums};
+use super::conv::{self, Layer, Product, WeightSums, Weights};
 use super::operation::{self, Kind, Operation, Resampling};
 use super::values::{Destination, Feed, Norm, NormId, OutputGradient, ParameterId, ValueId, View};
 use crate::exec::cpu::Options;
@@ -544,7 +544,12 @@ impl Lowering<'_> {
         let wanted = trained(weight) || bias.is_some_and(trained) || self.wanted[feed.value()];
         let z = self.new_value(output.len() * self.count, wanted);
         let index = self.layers.len();
-        let weights = Layer::new_weights(self.isa, conv, window, self.exact);
+        let mut weights = Layer::new_weights(self.isa, conv, window, self.exact);
+        let mut uses = vec![feed.value(), z];
+        if let Weights::Dense { groups, place } = &mut weights {
+            *place = self.new_value(groups.iter().map(Product::len).sum(), false);
+            uses.push(*place);
+        }
         self.layers.push(Layer {
             isa: self.isa,
             name: self.graph.node(id).name.clone(),
@@ -563,7 +568,7 @@ impl Lowering<'_> {
             backward: None,
         });
         self.layer_norms.push(None);
-        self.push(Step::Layer(index), vec![feed.value(), z]);
+        self.push(Step::Layer(index), uses);
         self.piece(Piece::Layer(index), &[feed], z);
         z
     }
@@ -837,8 +842,13 @@ impl Lowering<'_> {
         }
         uses.push(feed.value());
         let isa = self.isa;
-        let input = destination
-            .map(|to| Layer::new_input_gradient(isa, &conv, &self.layers[index].weights, to));
+        let input = destination.map(|to| {
+            let weights = &self.layers[index].weights;
+            let mut input = Layer::new_input_gradient(isa, &conv, weights, to);
+            input.place = self.new_value(input.packed_len(), false);
+            uses.push(input.place);
+            input
+        });
         let from = OutputGradient {
             gradient,
             value: z,

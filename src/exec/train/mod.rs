@@ -130,16 +130,22 @@ impl PlanStep {
     }
 }
 
+/// A parameter as it is now.
+fn parameter<'a>(
+    names: &[String],
+    variables: &'a Variables,
+    id: ParameterId,
+) -> Result<&'a Tensor> {
+    match variables.tensors().get(&names[id]) {
+        Some(tensor) => Ok(tensor),
+        None => bail!("parameter {} is missing", names[id]),
+    }
+}
+
 impl Compiled {
     /// Takes the parameters as they are now.
     fn load(&mut self, names: &[String], variables: &Variables, pool: &Pool) -> Result<()> {
-        let tensors = variables.tensors();
-        let tensor = |id: ParameterId| -> Result<&Tensor> {
-            match tensors.get(&names[id]) {
-                Some(tensor) => Ok(tensor),
-                None => bail!("parameter {} is missing", names[id]),
-            }
-        };
+        let tensor = |id: ParameterId| parameter(names, variables, id);
         let values = |id: ParameterId| with_values(tensor(id)?, |v| v.to_vec());
         for norm in &mut self.lowered.norms {
             norm.weight = values(norm.parameters[0])?;
@@ -254,7 +260,12 @@ impl TrainingStep for PlanStep {
         for (step, timing) in plan.lowered.steps.iter().zip(&mut plan.timings) {
             let started = Instant::now();
             match *step {
-                Step::Layer(layer) => plan.lowered.layers[layer].forward(&memory),
+                Step::Layer(layer) => {
+                    let layer = &plan.lowered.layers[layer];
+                    let weight = parameter(names, variables, layer.weight)?;
+                    with_values(weight, |weight| layer.pack_forward(&memory, weight))?;
+                    layer.forward(&memory);
+                }
                 Step::Operation(index) => {
                     plan.lowered.operations[index].forward(&memory, generator);
                 }
@@ -323,7 +334,10 @@ impl TrainingStep for PlanStep {
                     norm_backward(norm, &mut emit);
                 }
                 Step::LayerBackward(layer) => {
-                    plan.lowered.layers[layer].backward(&memory, &mut emit);
+                    let layer = &plan.lowered.layers[layer];
+                    let weight = parameter(&self.names, &self.variables, layer.weight)?;
+                    with_values(weight, |weight| layer.pack_backward(&memory, weight))?;
+                    layer.backward(&memory, &mut emit);
                 }
                 Step::OperationBackward(index) => {
                     plan.lowered.operations[index].backward(&memory, &mut emit);
@@ -376,12 +390,7 @@ impl TrainingStep for PlanStep {
 /// A norm's scale and shift, from the batch's moments or the stored statistics; the former also
 /// enter the running statistics, the variance without its bias, as PyTorch has it.
 fn finish_norm(norm: &mut Norm, names: &[String], variables: &Variables) -> Result<()> {
-    let values = |id: ParameterId| -> Result<Vec<f32>> {
-        match variables.tensors().get(&names[id]) {
-            Some(tensor) => with_values(tensor, |v| v.to_vec()),
-            None => bail!("parameter {} is missing", names[id]),
-        }
-    };
+    let values = |id| with_values(parameter(names, variables, id)?, |v| v.to_vec());
     let [_, bias, running_mean, running_variance] = norm.parameters;
     let (mean, variance) = if norm.batch {
         let (mean, variance) = norm.join_moments();
