@@ -3,9 +3,14 @@
 //! The right side (the weights) is packed once into panels: a few vectors of columns, all rows of
 //! them one after the other. The left side is never packed. A row of it is a pixel: a pointer and
 //! `taps`, the places behind it where runs of `depth` values begin; for a 3x3 convolution three
-//! runs of three pixels each. A tile of six rows and a panel is held in registers while the whole
-//! depth passes, so that each output is one chain of fused multiply-adds in the order of the
-//! depth, whatever tile it is in: its bits depend on nothing else.
+//! runs of three pixels each. A tile of six rows and a panel is held in registers while the depth
+//! passes, so that each output is one chain of fused multiply-adds in the order of the depth,
+//! whatever tile it is in: its bits depend on nothing else.
+//!
+//! A deep product passes in chunks, and sums wait in the output in between, where the chains go
+//! on: a panel's chunk stays in the first-level cache for all rows, and a task can have more rows
+//! before their chunk of the left side leaves the second-level cache. The more rows, the less
+//! often the right side is read from memory.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -528,6 +533,10 @@ pub unsafe fn gemm(
     packed.isa.dispatch(product);
 }
 
+/// Depth that passes at once: of so many rows a panel of sixteen columns is 16 kB, and six rows of
+/// the left side are 6 kB.
+pub const CHUNK: usize = 256;
+
 /// Values of the widest panel: three vectors of sixteen.
 const WIDEST: usize = 48;
 
@@ -544,13 +553,29 @@ impl WithSimd for Product<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        for panel in self.panels {
-            // SAFETY: the contract of `gemm`.
-            unsafe {
-                match panel.vectors {
-                    1 => self.narrow_panel(simd, panel),
-                    2 => self.panel(simd, panel),
-                    _ => self.wide_panel(simd, panel),
+        let depth = self.packed.depth;
+        // What is added must still be there when the sums are complete.
+        let in_place = match (self.rows.residuals.first(), self.rows.outputs.first()) {
+            (Some(&residual), Some(&output)) => residual == output.cast_const(),
+            _ => false,
+        };
+        let chunks = if in_place { 1 } else { depth.div_ceil(CHUNK) };
+        for chunk in 0..chunks {
+            let part = chunk * depth / chunks..(chunk + 1) * depth / chunks;
+            for panel in self.panels {
+                let part = match (panel.columns == panel.vectors * S::F32_LANES, chunk) {
+                    (true, _) => part.clone(),
+                    // Where outputs end sooner than the panel there is no room for its sums.
+                    (false, 0) => 0..depth,
+                    (false, _) => continue,
+                };
+                // SAFETY: the contract of `gemm`.
+                unsafe {
+                    match panel.vectors {
+                        1 => self.narrow_panel(simd, panel, part),
+                        2 => self.panel(simd, panel, part),
+                        _ => self.wide_panel(simd, panel, part),
+                    }
                 }
             }
         }
@@ -570,13 +595,13 @@ pub(super) fn tiles(count: usize, most: usize) -> [(usize, usize); 2] {
 macro_rules! panel_in_tiles {
     ($name:ident, $vectors:literal, most $most:literal, $($rows:literal)*) => {
         #[inline(always)]
-        unsafe fn $name<S: Simd>(&self, simd: S, panel: &Panel) {
+        unsafe fn $name<S: Simd>(&self, simd: S, panel: &Panel, part: Range<usize>) {
             let mut row = 0;
             for (size, times) in tiles(self.rows.inputs.len(), $most) {
                 match size {
                     $($rows => for _ in 0..times {
                         // SAFETY: tiles cover the rows; the rest is the contract of `gemm`.
-                        unsafe { self.tile::<S, $rows, $vectors>(simd, panel, row) };
+                        unsafe { self.tile::<S, $rows, $vectors>(simd, panel, &part, row) };
                         row += $rows;
                     },)*
                     _ => {}
@@ -596,22 +621,39 @@ impl Product<'_> {
         &self,
         simd: S,
         panel: &Panel,
+        part: &Range<usize>,
         row: usize,
     ) {
         let lanes = S::F32_LANES;
         let run = self.packed.depth / self.taps.len();
         // SAFETY: the contract of `gemm`; the panel holds depth x NV vectors.
         unsafe {
-            let bias = self.bias::<S, NV>(simd, panel);
-            let mut sums = [bias; MR];
+            let outputs = self.rows.outputs.as_ptr().add(row);
+            let mut sums = [[simd.splat_f32s(0.0); NV]; MR];
+            if part.start == 0 {
+                sums = [self.bias::<S, NV>(simd, panel); MR];
+            } else {
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let output = (*outputs.add(r)).add(panel.start);
+                    for (v, sum) in sums.iter_mut().enumerate() {
+                        *sum = load::<S>(output.add(v * lanes));
+                    }
+                }
+            }
             let mut weights = self.packed.pointer().add(panel.offset);
+            weights = weights.add(part.start * NV * lanes);
             let inputs = self.rows.inputs.as_ptr().add(row);
-            for &tap in self.taps {
+            for (index, &tap) in self.taps.iter().enumerate() {
+                let (from, to) = (part.start.max(index * run), part.end.min((index + 1) * run));
+                if from >= to {
+                    continue;
+                }
+                let first = tap + from - index * run;
                 let mut pixels = [std::ptr::null::<f32>(); MR];
                 for (r, pixel) in pixels.iter_mut().enumerate() {
-                    *pixel = (*inputs.add(r)).add(tap);
+                    *pixel = (*inputs.add(r)).add(first);
                 }
-                for k in 0..run {
+                for k in 0..to - from {
                     let mut columns = [simd.splat_f32s(0.0); NV];
                     for (v, column) in columns.iter_mut().enumerate() {
                         *column = load::<S>(weights.add(v * lanes));
@@ -625,7 +667,15 @@ impl Product<'_> {
                     }
                 }
             }
-            self.finish::<S, MR, NV>(simd, panel, row, sums);
+            if part.end == self.packed.depth {
+                return self.finish::<S, MR, NV>(simd, panel, row, sums);
+            }
+            for (r, sums) in sums.into_iter().enumerate() {
+                let output = (*outputs.add(r)).add(panel.start);
+                for (v, sum) in sums.into_iter().enumerate() {
+                    store::<S>(output.add(v * lanes), sum);
+                }
+            }
         }
     }
 

@@ -194,7 +194,10 @@ impl Product {
 
     /// Values of the packed weights.
     pub fn len(&self) -> usize {
-        self.parts.iter().map(|(_, packed)| packed.len()).sum()
+        self.parts
+            .iter()
+            .map(|(_, packed)| packed.values_len())
+            .sum()
     }
 
     /// Packs the weights of some products into a value: `fill(product, first row, part, panel)`.
@@ -209,7 +212,7 @@ impl Product {
         let mut tasks = Vec::new();
         for (index, product) in products.iter().enumerate() {
             for (start, packed) in &product.parts {
-                let (own, rest) = std::mem::take(&mut values).split_at_mut(packed.len());
+                let (own, rest) = std::mem::take(&mut values).split_at_mut(packed.values_len());
                 packed.lend(own.as_mut_ptr());
                 values = rest;
                 let panels = 0..packed.panel_count();
@@ -333,7 +336,9 @@ impl Layer {
             let pixels = (WINOGRAD_VALUES / widest).clamp(128, 1024);
             return Block::divide(count, output, pixels, 4);
         }
-        Block::divide(count, output, (STRIP_VALUES / widest).clamp(96, 512), 1)
+        // Weights that the second-level cache does not hold are read anew for every block.
+        let least = if conv.weights() > 256 << 10 { 128 } else { 96 };
+        Block::divide(count, output, (STRIP_VALUES / widest).clamp(least, 512), 1)
     }
 
     fn sum_shape(&self) -> SumShape {
