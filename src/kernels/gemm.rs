@@ -279,6 +279,12 @@ impl Packed {
         }
     }
 
+    #[cfg(test)]
+    fn values(&self) -> &[f32] {
+        // SAFETY: products in tests are packed and have memory of their own.
+        unsafe { std::slice::from_raw_parts(self.pointer(), self.values_len()) }
+    }
+
     /// Rows of the right side.
     pub fn depth(&self) -> usize {
         self.depth

@@ -79,7 +79,7 @@ impl Winograd {
         let blocks = self
             .weights
             .iter()
-            .map(|w| unsafe { slab.reserve(w.len()) });
+            .map(|w| unsafe { slab.reserve(w.values_len()) });
         let blocks: Vec<Block> = blocks.collect();
         let to: Vec<*mut f32> = blocks.iter().map(Block::pointer).collect();
         let g = kernel_transform(self.tile);
