@@ -63,6 +63,15 @@ fn head(data: &Path, out: &Path) -> Vec<String> {
     all
 }
 
+/// Arguments of a run that fits a head first and then trains all of the network.
+fn recipe(data: &Path, out: &Path) -> Vec<String> {
+    let text = |path: &Path| path.to_str().unwrap().to_string();
+    let options = "--image-size 64 --epochs 3 -b 8 --ema=0.9 -j 2";
+    let mut all = vec!["finetune".into(), text(data), "-o".into(), text(out)];
+    all.extend(options.split_whitespace().map(String::from));
+    all
+}
+
 fn output(arguments: &[String]) -> Output {
     sconce().args(arguments).output().unwrap()
 }
@@ -174,6 +183,130 @@ fn a_killed_run_of_a_head_goes_on_to_the_same_bytes() {
     let runs = tempfile::tempdir().unwrap();
     let (whole, cut) = (runs.path().join("whole"), runs.path().join("cut"));
     torture(&head(data.path(), &whole), &whole, &cut, kills(), 2);
+}
+
+#[test]
+fn a_killed_run_of_the_recipe_goes_on_to_the_same_bytes() {
+    let data = photos();
+    let runs = tempfile::tempdir().unwrap();
+    let (whole, cut) = (runs.path().join("whole"), runs.path().join("cut"));
+    torture(&recipe(data.path(), &whole), &whole, &cut, kills(), 3);
+}
+
+#[test]
+fn first_the_head_then_all_of_the_network() {
+    let data = photos();
+    let runs = tempfile::tempdir().unwrap();
+    let out = runs.path().join("run");
+    let output = done(&and(
+        &recipe(data.path(), &out),
+        &["--format", "json", "--lr", "1e-3"],
+    ));
+    let notes = stderr(&output);
+    assert!(
+        notes.contains("for 24 images: first the head on the frozen network; then all of it"),
+        "{notes}"
+    );
+    assert!(
+        notes.contains("head fitted to 24 images and their mirror images")
+            && notes.contains("5-fold cross-validation"),
+        "{notes}"
+    );
+    let lines = metrics(&out);
+    let epochs: Vec<u64> = lines.iter().map(|l| l["epoch"].as_u64().unwrap()).collect();
+    assert_eq!(epochs, [0, 1, 2, 3]);
+    assert_eq!(lines[0]["learning_rate"], 0.0);
+    for key in ["train_loss", "val_loss", "val_accuracy", "val_macro_f1"] {
+        assert!(lines[0][key].is_number(), "{key}");
+    }
+    // What is kept is the best of all, the head alone included.
+    let accuracy = |line: &Value| line["val_accuracy"].as_f64().unwrap();
+    let best = lines.iter().map(accuracy).fold(0.0, f64::max);
+    let text = String::from_utf8(output.stdout).unwrap();
+    let summary: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    assert_eq!(summary["val_accuracy"].as_f64().unwrap(), best);
+    assert_eq!(
+        accuracy(&lines[summary["best_epoch"].as_u64().unwrap() as usize]),
+        best
+    );
+    // Norms stay as they came: statistics, weights and biases.
+    let before = Checkpoint::open(&repository("weights/mobilenet_v2.safetensors")).unwrap();
+    let after = Checkpoint::open(&out.join("last.checkpoint")).unwrap();
+    let mut trained = 0;
+    for name in before
+        .names()
+        .iter()
+        .filter(|n| !n.starts_with("classifier"))
+    {
+        let kept = before.read(name).unwrap() == after.read(&format!("weights.{name}")).unwrap();
+        let is_norm = before.shape(name).unwrap().len() == 1;
+        assert_eq!(kept, is_norm, "{name}");
+        trained += usize::from(!kept);
+    }
+    assert_eq!(trained, 52);
+    let config = fs::read_to_string(out.join("config.toml")).unwrap();
+    for line in ["freeze = \"auto\"", "head = \"fit\"", "norms = \"stored\""] {
+        assert!(config.contains(line), "{config}");
+    }
+}
+
+#[test]
+fn a_frozen_backbone_needs_no_epochs() {
+    let data = photos();
+    let runs = tempfile::tempdir().unwrap();
+    let run = |name: &str, more: &[&str]| {
+        let out = runs.path().join(name);
+        let text = |path: &Path| path.to_str().unwrap().to_string();
+        let base = ["finetune", &text(data.path()), "-o", &text(&out)].map(String::from);
+        let more = [&["--freeze", "backbone", "--image-size", "64"], more].concat();
+        (done(&and(&base, &more)), out)
+    };
+    let (_, one) = run("one", &["-j", "1"]);
+    let (output, three) = run("three", &["-j", "3", "--format", "json"]);
+    let summary: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(summary["best_epoch"], 0);
+    assert!(summary["val_accuracy"].as_f64().unwrap() > 0.8, "{summary}");
+    assert_eq!(metrics(&one).len(), 1);
+    assert!(model(&one) == model(&three), "another number of threads");
+    // Through already.
+    let again = ["finetune", "-o", one.to_str().unwrap(), "--resume"].map(String::from);
+    done(&again);
+    // Settings of steps are for those who want steps.
+    let (_, steps) = run("steps", &["--epochs", "2"]);
+    let epochs: Vec<Value> = metrics(&steps).iter().map(|l| l["epoch"].clone()).collect();
+    assert_eq!(epochs, [1, 2]);
+    let (_, both) = run("both", &["--head", "fit", "--epochs", "1"]);
+    assert_eq!(metrics(&both).len(), 2);
+}
+
+#[test]
+fn a_config_repeats_what_was_found_and_planned() {
+    let data = photos();
+    let runs = tempfile::tempdir().unwrap();
+    let out = |name: &str| runs.path().join(name);
+    let mut arguments = recipe(data.path(), &out("first"));
+    let epochs = arguments.iter().position(|a| a == "--epochs").unwrap();
+    arguments.drain(epochs..epochs + 2);
+    let began = Instant::now();
+    let arguments = and(&arguments, &["--lr", "auto", "--time", "20s"]);
+    let output = done(&arguments);
+    let notes = stderr(&output);
+    assert!(notes.contains("learning rate "), "{notes}");
+    assert!(notes.contains("in 20 s: "), "{notes}");
+    // Room for a machine that is busy with other tests.
+    assert!(began.elapsed() < Duration::from_secs(40), "{notes}");
+    let config = out("first").join("config.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    let table: toml::Table = text.parse().unwrap();
+    assert!(table["learning_rate"].as_float().unwrap() > 0.0);
+    assert!(table["steps"].as_integer().is_some(), "{text}");
+    // To go on with a run that is through changes nothing, whatever was found.
+    done(&and(&arguments, &["--resume"]));
+    let again = ["finetune", "--config", config.to_str().unwrap(), "-o"].map(String::from);
+    done(&and(&again, &[out("second").to_str().unwrap(), "-j", "1"]));
+    assert!(model(&out("first")) == model(&out("second")));
+    assert_eq!(metrics(&out("first")), metrics(&out("second")));
+    assert!(fs::read(&config).unwrap() == fs::read(out("second").join("config.toml")).unwrap());
 }
 
 #[test]

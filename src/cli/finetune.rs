@@ -19,18 +19,17 @@ use crate::hub::Hub;
 use crate::models::Preprocessing;
 use crate::report::write_classes;
 use crate::train::{
-    BatchReport, CHECKPOINT_FILE, CONFIG_FILE, End, EpochReport, Event, MODEL_FILE, Run, Settings,
-    State, Summary,
+    BatchReport, CHECKPOINT_FILE, CONFIG_FILE, End, EpochReport, Event, Facts, Finding, HeadReport,
+    MODEL_FILE, RateReport, Run, Settings, State, Summary, complete,
 };
-use crate::weights::{
-    Description, FORMAT_VERSION, Request, WeightsChoice, resolve_for_training, write_whole,
-};
+use crate::weights::{Description, FORMAT_VERSION, Request, WeightsChoice, resolve_for_training};
 
 /// Teach a network the classes of a folder of images
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
-  sconce finetune flowers/                       a folder for each class
-  sconce finetune flowers/ --freeze backbone     the head only: minutes, not hours
+  sconce finetune flowers/                       first the head, then all of the network
+  sconce finetune flowers/ --time 5m             what five minutes can buy
+  sconce finetune flowers/ --freeze backbone     the head only: seconds
   sconce finetune data/ -m resnet18 --weights resnet18.pth -o runs/first --epochs 20
   sconce finetune -o runs/first --resume         go on after Ctrl-C or a crash, as if never stopped
   sconce finetune --config runs/first/config.toml -o runs/second --seed 1
@@ -41,7 +40,11 @@ use crate::weights::{
 DATA is a folder of class folders; one that holds train/ and val/ (or valid/, validation/) with class
 folders each; a CSV with the columns path,label[,split]; mnist, fashion-mnist or cifar10, from the
 hub, or from files on disk as mnist:DIR; or an image data set of the hub as hub:OWNER/NAME. Ctrl-C
-ends the run after the batch, with all of it saved.")]
+ends the run after the batch, with all of it saved.
+
+With nothing else said, the head that suits the network as it is best is found first (epoch 0), by
+logistic regression on what the network makes of the images; then all of the network is trained at a
+low rate that follows from the number of images, and the best by validation is kept.")]
 pub struct Arguments {
     /// Images and their classes
     #[arg(value_name = "DATA", required_unless_present_any = ["resume", "config"])]
@@ -75,22 +78,38 @@ pub struct Arguments {
 /// Settings that were given, under the names that [`Settings`] has for them.
 #[derive(Debug, Args, Serialize)]
 struct Given {
-    /// Passes over the training images [default: 10]
+    /// Passes over the training images [default: 10; 6 with --freeze auto; 0 where --freeze backbone
+    /// fits the head; with --time as many as fit, at most 20 with --freeze auto]
     #[arg(long, value_name = "N")]
     epochs: Option<u64>,
-    /// Images of one gradient [default: 32]
+    /// Images of one gradient [default: 32; 16 with --freeze auto]
     #[arg(short, long, value_name = "N")]
     batch_size: Option<usize>,
     /// Batches whose gradients make one step [default: 1]
     #[arg(long, value_name = "N")]
     accumulate: Option<usize>,
-    /// Highest learning rate [default: adamw 1e-4, its head alone or from scratch 1e-3; sgd 0.01]
-    #[arg(long = "lr", value_name = "F")]
-    learning_rate: Option<f64>,
-    /// What trains: none is frozen, all but the head (backbone), or all up to a stage like layer2
-    /// [default: none]
-    #[arg(long, value_name = "none|backbone|STAGE")]
+    /// Time for the whole run, like 90s, 5m or 1h30m: epochs and the schedule are planned to end
+    /// within it
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    time: Option<f64>,
+    /// Highest learning rate; auto tries rates from low to high before the first step and takes the
+    /// one where the loss falls most steeply [default: by the size of the data with --freeze auto;
+    /// else adamw 1e-4, its head alone or from scratch 1e-3, sgd 0.01]
+    #[arg(long = "lr", value_name = "F|auto", value_parser = rate)]
+    learning_rate: Option<toml::Value>,
+    /// What stays as it is: all but the head at first, then nothing (auto); nothing; all but the
+    /// head (backbone); or all up to a stage like layer2 [default: auto, from scratch none]
+    #[arg(long, value_name = "auto|none|backbone|STAGE")]
     freeze: Option<String>,
+    /// What the head is before the first step: the one that suits the frozen network best (fit), or
+    /// that of the weights or a random one (train) [default: fit with --freeze auto, and with
+    /// --freeze backbone where no setting of the training is given]
+    #[arg(long, value_enum)]
+    head: Option<Head>,
+    /// What batch norms go by: the batch, or the statistics that they came with, which then stay
+    /// [default: stored with --freeze auto, else batch]
+    #[arg(long, value_enum)]
+    norms: Option<Norms>,
     /// Begin with random weights
     #[arg(long)]
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -112,7 +131,7 @@ struct Given {
     /// Not applied to norms and biases [default: adamw 0.05, sgd 1e-4]
     #[arg(long, value_name = "F")]
     weight_decay: Option<f64>,
-    /// Each stage learns so much more slowly than the next [default: 1]
+    /// Each stage learns so much more slowly than the next [default: 1; 0.9 with --freeze auto]
     #[arg(long, value_name = "F")]
     layer_decay: Option<f64>,
     /// How the learning rate falls [default: cosine]
@@ -183,6 +202,20 @@ enum Optimizer {
 
 #[derive(Clone, Copy, Debug, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
+enum Head {
+    Fit,
+    Train,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Norms {
+    Batch,
+    Stored,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
 enum Schedule {
     Cosine,
     Step,
@@ -210,6 +243,41 @@ enum Augmentation {
 enum BestBy {
     Accuracy,
     MacroF1,
+}
+
+fn rate(text: &str) -> Result<toml::Value, String> {
+    match text.parse::<f64>() {
+        _ if text == "auto" => Ok(text.into()),
+        Ok(rate) => Ok(rate.into()),
+        Err(_) => Err("expected a number, or auto".into()),
+    }
+}
+
+/// Seconds of a time like 90s, 5m or 1h30m.
+fn duration(text: &str) -> Result<f64, String> {
+    let wrong = || "expected a time like 90s, 5m or 1h30m".to_string();
+    let (mut seconds, mut digits) = (0.0, String::new());
+    for letter in text.chars() {
+        let unit = match letter {
+            'h' => 3600.0,
+            'm' => 60.0,
+            's' => 1.0,
+            '0'..='9' | '.' => {
+                digits.push(letter);
+                continue;
+            }
+            _ => return Err(wrong()),
+        };
+        let number: f64 = digits.parse().map_err(|_| wrong())?;
+        seconds += number * unit;
+        digits.clear();
+    }
+    // A number without a unit is of seconds, if it is all there is.
+    match digits.parse::<f64>() {
+        Ok(number) if digits.len() == text.len() => Ok(number),
+        Err(_) if digits.is_empty() && !text.is_empty() => Ok(seconds),
+        _ => Err(wrong()),
+    }
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -298,7 +366,8 @@ fn prepare(global: &Global, arguments: &Arguments) -> anyhow::Result<Prepared> {
     let given = given(global, arguments)?;
     let device = global.device.open()?;
     let mut notes = Vec::new();
-    let (settings, state, out) = if arguments.resume {
+    let hub = global.hub();
+    let (settings, dataset, state, out) = if arguments.resume {
         let out = match (&arguments.out, &arguments.data) {
             (Some(out), _) => out.clone(),
             (None, Some(data)) => default_out(data, model_name(&given)),
@@ -313,29 +382,30 @@ fn prepare(global: &Global, arguments: &Arguments) -> anyhow::Result<Prepared> {
         }
         let state = State::open(&path)?;
         check_unchanged(&state.settings, &given)?;
-        (state.settings.clone(), Some(state), out)
+        let settings = state.settings.clone();
+        let dataset = open_data(&settings, &hub)?;
+        (settings, dataset, Some(state), out)
     } else {
         let mut table = match &arguments.config {
             Some(path) => read_config(path)?,
             None => Table::new(),
         };
+        if ["time", "epochs", "batch_size", "accumulate"]
+            .iter()
+            .any(|&key| given.contains_key(key))
+        {
+            // What was planned is for other settings.
+            table.remove("steps");
+            table.remove("last_step");
+        }
         table.extend(given);
-        let settings = resolve_settings(table, arguments.config.as_deref())?;
+        let (settings, dataset) = resolve(table, arguments.config.as_deref(), &hub, &mut notes)?;
         let out = match &arguments.out {
             Some(out) => out.clone(),
             None => default_out(&settings.data, &settings.model),
         };
-        (settings, None, out)
+        (settings, dataset, None, out)
     };
-    if let Err((name, expected)) = settings.check() {
-        bail!("--{name}: expected {expected}");
-    }
-    let dataset = Dataset::open(
-        &settings.data,
-        settings.val_split,
-        settings.seed,
-        &global.hub(),
-    )?;
     let (model, source) = match &state {
         Some(state) => {
             let at = &state.progress;
@@ -361,10 +431,6 @@ fn prepare(global: &Global, arguments: &Arguments) -> anyhow::Result<Prepared> {
     ));
     if state.is_none() {
         make_folder(&out, arguments.force)?;
-        let text = format!("# sconce finetune --config FILE\n{}", settings.to_toml());
-        let path = out.join(CONFIG_FILE);
-        write_whole(&path, |temporary| fs::write(temporary, text))
-            .with_context(|| path.display().to_string())?;
     }
     let run = Run {
         settings,
@@ -378,6 +444,9 @@ fn prepare(global: &Global, arguments: &Arguments) -> anyhow::Result<Prepared> {
         checkpoint_every: arguments.checkpoint_every,
         stop: Arc::new(AtomicBool::new(false)),
     };
+    if state.is_none() {
+        run.write_config()?;
+    }
     Ok(Prepared { run, state, notes })
 }
 
@@ -426,74 +495,47 @@ fn model_name(table: &Table) -> &str {
     model.unwrap_or(DEFAULT_MODEL)
 }
 
-/// Fills in what was not given.
-fn resolve_settings(table: Table, config: Option<&Path>) -> anyhow::Result<Settings> {
-    let text = |key: &str| table.get(key).and_then(toml::Value::as_str);
-    let number = |key: &str| {
-        let value = table.get(key)?;
-        value.as_float().or(value.as_integer().map(|i| i as f64))
-    };
-    let data = text("data").context("no DATA given")?;
-    let sgd = text("optimizer") == Some("sgd");
-    let scratch = table.get("from_scratch").and_then(toml::Value::as_bool) == Some(true);
-    let head_only = text("freeze") == Some("backbone");
-    let named = data.split(':').next().unwrap_or_default();
-    let digits = named == "mnist" || named == "fashion-mnist";
-    let epochs = number("epochs").unwrap_or(10.0);
-    let defaults = toml::toml! {
-        model = "mobilenet_v2"
-        from_scratch = false
-        reset_head = false
-        freeze = "none"
-        val_split = 0.2
-        max_pixels = 100000000
-        epochs = 10
-        batch_size = 32
-        accumulate = 1
-        optimizer = "adamw"
-        momentum = 0.9
-        nesterov = false
-        layer_decay = 1.0
-        schedule = "cosine"
-        label_smoothing = 0.0
-        color_jitter = 0.0
-        hue_jitter = 0.0
-        random_erasing = 0.0
-        mixup = 0.0
-        cutmix = 0.0
-        class_weights = "none"
-        metric = "accuracy"
-        exact = false
-        seed = 0
-    };
-    let augment = if digits || head_only { "none" } else { "light" };
-    let rate = match (sgd, scratch || head_only) {
-        (true, _) => 0.01,
-        (false, true) => 1e-3,
-        (false, false) => 1e-4,
-    };
-    let mut all = defaults;
-    all.insert("augment".into(), augment.into());
-    all.insert("learning_rate".into(), rate.into());
-    all.insert("weight_decay".into(), if sgd { 1e-4 } else { 0.05 }.into());
-    all.insert("warmup".into(), (epochs / 10.0).min(1.0).into());
-    // Whole numbers are numbers too.
-    let floats: Vec<String> = all
-        .iter()
-        .filter(|(_, value)| value.is_float())
-        .map(|(key, _)| key.clone())
-        .chain(["ema", "clip_norm"].map(String::from))
-        .collect();
-    for (key, value) in table {
-        let value = match value {
-            toml::Value::Integer(i) if floats.contains(&key) => (i as f64).into(),
-            value => value,
-        };
-        all.insert(key, value);
-    }
+/// Fills in what was not given, by what the data are.
+fn resolve(
+    table: Table,
+    config: Option<&Path>,
+    hub: &Hub,
+    notes: &mut Vec<String>,
+) -> anyhow::Result<(Settings, Dataset)> {
     let from = config.map_or("settings".into(), |path| path.display().to_string());
-    all.try_into()
-        .map_err(|e: toml::de::Error| anyhow::anyhow!("{from}: {}", e.message()))
+    if !table.contains_key("data") {
+        bail!("no DATA given");
+    }
+    let complete = |table: Table, facts: Facts| {
+        let completed = complete(table, facts).map_err(|e| anyhow::anyhow!("{from}: {e}"))?;
+        match completed.0.check() {
+            Ok(()) => Ok(completed),
+            Err((name, expected)) => bail!("--{name}: expected {expected}"),
+        }
+    };
+    // What is wrong is said before the data are looked for.
+    let unknown = Facts {
+        images: 0,
+        grey: false,
+    };
+    let (settings, _) = complete(table.clone(), unknown)?;
+    let dataset = open_data(&settings, hub)?;
+    let facts = Facts {
+        images: dataset.train.len(),
+        grey: dataset.grey,
+    };
+    let (settings, chosen) = complete(table, facts)?;
+    notes.extend(chosen);
+    Ok((settings, dataset))
+}
+
+fn open_data(settings: &Settings, hub: &Hub) -> anyhow::Result<Dataset> {
+    Ok(Dataset::open(
+        &settings.data,
+        settings.val_split,
+        settings.seed,
+        hub,
+    )?)
 }
 
 /// What was given again must be what the run was started with.
@@ -502,7 +544,11 @@ fn check_unchanged(settings: &Settings, given: &Table) -> anyhow::Result<()> {
     let number = |value: &toml::Value| value.as_float().or(value.as_integer().map(|i| i as f64));
     for (key, value) in given {
         let before = started.get(key);
-        let same = before == Some(value)
+        // What was found or planned has taken the place of what was asked for.
+        let found = key == "learning_rate" && value.as_str() == Some("auto")
+            || key == "epochs" && settings.steps.is_some();
+        let same = found
+            || before == Some(value)
             || before.is_some_and(|b| number(b).is_some() && number(b) == number(value));
         if !same {
             let before = before.map_or("not set".into(), ToString::to_string);
@@ -693,6 +739,15 @@ impl Watcher {
                     self.bar = ProgressBar::hidden();
                 }
             }
+            Event::Head(report) => self.say(&describe_head(report)),
+            Event::Rate(report) => self.say(&describe_rate(report)),
+            Event::Planned(plan) => self.say(&format!(
+                "in {:.0} s: {} steps, {:.1} epochs, {:.2} s each batch",
+                plan.seconds, plan.steps, plan.epochs, plan.step_seconds
+            )),
+            Event::TimeUp { step, planned } => self.say(&format!(
+                "the time is up after step {step} of the {planned} that were planned"
+            )),
             Event::Batch(report) => self.batch(&report),
             Event::Epoch(report, _) => self.epoch(report),
         }
@@ -729,6 +784,15 @@ impl Watcher {
         self.bar.finish_and_clear();
         self.bar = ProgressBar::hidden();
         let best = if report.is_best { "  best so far" } else { "" };
+        if report.epoch == 0 {
+            return self.say(&format!(
+                "head alone  validation: loss {:.4}  accuracy {:.2} %  macro-F1 {:.2} %  {:.1} s",
+                report.val_loss,
+                100.0 * report.val_accuracy,
+                100.0 * report.val_macro_f1,
+                report.seconds,
+            ));
+        }
         self.say(&format!(
             "epoch {}/{}  loss {:.4}  accuracy {:.1} %  validation: loss {:.4}  accuracy {:.2} %  macro-F1 {:.2} %  rate {:.1e}  {:.0} images/s  {:.1} s{best}",
             report.epoch,
@@ -743,6 +807,44 @@ impl Watcher {
             report.seconds,
         ));
     }
+}
+
+/// How a learning rate was found, for people.
+fn describe_rate(report: &RateReport) -> String {
+    let why = match report.why {
+        Finding::Steepest => "where the loss falls most steeply",
+        Finding::LowestTenth => {
+            "a tenth of where the loss is lowest, since it hardly falls at any rate"
+        }
+    };
+    let [low, high] = report.range;
+    format!(
+        "learning rate {:.1e}: {why} ({} steps tried, from {low:.0e} to {high:.0e})",
+        report.rate, report.steps
+    )
+}
+
+/// How a head was fitted, for people.
+fn describe_head(report: &HeadReport) -> String {
+    let mirrored = match report.views {
+        1 => "",
+        _ => " and their mirror images",
+    };
+    let chosen = match report.folds {
+        0 => "as usual for so many".to_string(),
+        1 => format!(
+            "chosen on a part left out: accuracy there {:.1} %",
+            100.0 * report.held_out_accuracy
+        ),
+        folds => format!(
+            "chosen by {folds}-fold cross-validation: accuracy there {:.1} %",
+            100.0 * report.held_out_accuracy
+        ),
+    };
+    format!(
+        "head fitted to {} images{mirrored} in {} iterations, strength {} ({chosen})",
+        report.images, report.iterations, report.strength
+    )
 }
 
 /// The last line on standard output.
@@ -777,11 +879,13 @@ impl JsonSummary {
 
 fn write_text(out: &mut impl Write, summary: &Summary, labels: &[String]) -> io::Result<()> {
     let Summary { best, .. } = summary;
+    let which = match best.epoch {
+        0 => "the head on the frozen network".to_string(),
+        epoch => format!("epoch {epoch} of {}", summary.epochs),
+    };
     writeln!(
         out,
-        "best of {} epochs: {}, accuracy {:.2} %, macro-F1 {:.2} %, after {}",
-        summary.epochs,
-        best.epoch,
+        "best: {which}, accuracy {:.2} %, macro-F1 {:.2} %, after {}",
         100.0 * best.accuracy,
         100.0 * best.macro_f1,
         HumanDuration(Duration::try_from_secs_f64(summary.seconds).unwrap_or_default())

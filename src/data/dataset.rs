@@ -513,7 +513,7 @@ pub(super) fn split(
 }
 
 /// Every order is equally likely (Fisher and Yates).
-pub(super) fn shuffle<T>(items: &mut [T], rng: &mut ChaCha8Rng) {
+pub(crate) fn shuffle<T>(items: &mut [T], rng: &mut ChaCha8Rng) {
     for last in (1..items.len()).rev() {
         items.swap(last, rng.random_range(0..=last));
     }

@@ -27,6 +27,7 @@ pub use augment::{
 pub use batches::{Batch, BatchPlan, Batches, Skipped};
 pub use cache::{Cache, CacheLimit, default_cache_bytes};
 pub use cifar::CifarError;
+pub(crate) use dataset::shuffle;
 pub use dataset::{Dataset, DatasetError, Notices, Picture, Sample};
 pub use decode::{Decoder, ImageError, Rgb, parse_color};
 pub use held::{ColourImages, EncodedImages, Images};

@@ -9,6 +9,7 @@ pub enum Purpose {
     Augment,
     Dropout,
     Mix,
+    Folds,
 }
 
 /// The generator for one purpose at one place of a run: a function of the seed and the place

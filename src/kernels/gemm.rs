@@ -290,6 +290,13 @@ impl Packed {
         self.depth
     }
 
+    /// Columns of the right side.
+    pub fn columns(&self) -> usize {
+        self.panels
+            .last()
+            .map_or(0, |panel| panel.start + panel.columns)
+    }
+
     /// Number of panels: the product can be shared by them.
     pub fn panel_count(&self) -> usize {
         self.panels.len()

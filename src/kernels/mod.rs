@@ -12,6 +12,7 @@
 //! - [`winograd`]: 3x3 convolutions of stride 1, with fewer multiplications and other digits.
 //! - [`depthwise`]: one channel a group; [`grouped`]: four; [`grouped_strip`]: eight or sixteen.
 //! - [`bottleneck`]: a depthwise convolution with the products around it, line by line.
+//! - [`matrix`]: a matrix that is multiplied from both sides.
 //! - [`attention`], [`norm`], [`pool`], [`elementwise`], [`resample`]: what their names say.
 //! - [`memory`]: blocks of memory in large pages.
 //!
@@ -38,6 +39,7 @@ pub mod gemm;
 pub mod grouped;
 pub mod grouped_strip;
 mod isa;
+pub mod matrix;
 pub mod memory;
 pub mod norm;
 pub mod optimizer;

@@ -116,14 +116,29 @@ pub fn mask(
     for_activation!(activation, run);
 }
 
+/// A clipping activation in place.
+pub fn clip(isa: Isa, activation: Activation, values: &mut [f32]) {
+    let high = upper_bound(activation);
+    isa.compiled(|| {
+        for value in values {
+            *value = value.max(0.0).min(high);
+        }
+    });
+}
+
+/// Where a clipping activation ends.
+fn upper_bound(activation: Activation) -> f32 {
+    debug_assert!(matches!(activation, Activation::Relu | Activation::Relu6));
+    match activation {
+        Activation::Relu6 => 6.0,
+        _ => f32::INFINITY,
+    }
+}
+
 /// `g = g · activation'(..)` where only the activation's output `y` is known, which tells the
 /// derivative for those that clip.
 pub fn mask_by_output(isa: Isa, y: &[f32], activation: Activation, g: &mut [f32]) {
-    debug_assert!(matches!(activation, Activation::Relu | Activation::Relu6));
-    let high = match activation {
-        Activation::Relu6 => 6.0,
-        _ => f32::INFINITY,
-    };
+    let high = upper_bound(activation);
     isa.compiled(|| {
         for (g, &y) in g.iter_mut().zip(y) {
             // One condition, not two branches: this becomes vectors.

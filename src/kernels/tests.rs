@@ -8,6 +8,7 @@ use super::depthwise::Depthwise;
 use super::gemm::{Epilogue, Packed, Rows, Store, gemm};
 use super::grouped::{GROUP, Grouped};
 use super::grouped_strip::GroupedStrip;
+use super::matrix::Matrix;
 use super::memory::Slab;
 use super::pool::{Reduction, average, global_average, pool};
 use super::winograd::{Scratch, Winograd};
@@ -841,5 +842,57 @@ fn a_bottleneck_has_the_bits_of_its_convolutions() {
             result.images() == expected,
             "case {number}: {window:?} {input:?} {output:?}"
         );
+    }
+}
+
+#[test]
+fn a_matrix_is_multiplied_from_both_sides() {
+    let mut rng = ChaCha8Rng::seed_from_u64(41);
+    for case in 0..60 {
+        let (rows, columns) = (rng.random_range(1..300), rng.random_range(1..90));
+        let others = rng.random_range(1..50);
+        for isa in isas() {
+            let values = random(&mut rng, rows * columns);
+            let right = random(&mut rng, columns * others);
+            let left = random(&mut rng, rows * others);
+            let mut matrix = Matrix::zeros(isa, rows, columns);
+            let mut other = Matrix::zeros(isa, rows, others);
+            for row in 0..rows {
+                matrix.set_row(row, &values[row * columns..][..columns]);
+                other.set_row(row, &left[row * others..][..others]);
+            }
+            let depth = matrix.padded_columns();
+            let packed = Packed::new(isa, depth, others, |row, column| match row < columns {
+                true => right[row * others + column],
+                false => 0.0,
+            });
+            let mut product = vec![f32::NAN; rows * others];
+            matrix.times(&packed, &mut product);
+            let sum = |terms: &mut dyn Iterator<Item = (f32, f32)>| -> f64 {
+                terms.map(|(a, b)| f64::from(a) * f64::from(b)).sum()
+            };
+            let expected: Vec<f64> = (0..rows * others)
+                .map(|i| {
+                    let (row, other) = (i / others, i % others);
+                    let pair = |c| (values[row * columns + c], right[c * others + other]);
+                    sum(&mut (0..columns).map(pair))
+                })
+                .collect();
+            let what = format!("case {case}, {rows} x {columns} x {others}");
+            assert_close(&product, &expected, 1e-5, &what);
+            let mut product = vec![f32::NAN; others * depth];
+            matrix.transposed_times(&other, &mut product);
+            let expected: Vec<f64> = (0..others * depth)
+                .map(|i| {
+                    let (other, column) = (i / depth, i % depth);
+                    if column >= columns {
+                        return 0.0;
+                    }
+                    let pair = |row| (left[row * others + other], values[row * columns + column]);
+                    sum(&mut (0..rows).map(pair))
+                })
+                .collect();
+            assert_close(&product, &expected, 1e-5, &what);
+        }
     }
 }

@@ -8,17 +8,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use candle_core::{Device, Tensor, Var};
-use serde::Serialize;
+use candle_core::{Device, Tensor};
+use rand_chacha::ChaCha8Rng;
 
-use super::groups::{frozen_names, groups};
+use super::error::TrainError;
+use super::events::{BatchReport, End, EpochReport, Event, Summary};
+use super::frozen::{FirstEpoch, FrozenPart};
+use super::groups::{frozen_names, groups, norm_names};
 use super::loss::{CrossEntropy, Targets, mixed_targets};
 use super::metrics::Evaluation;
 use super::optimizer::Optimizer;
 use super::schedule::Schedule;
-use super::settings::{ClassWeights, Metric, Settings};
+use super::settings::{ClassWeights, HeadStart, Metric, Norms, Settings};
 use super::slices::Workers;
-use super::source::{Features, Source};
+use super::source::{Features, Inputs, Source};
 use super::state::{Best, Progress, State, StateError, WEIGHTS};
 use crate::data::{
     Augmentation, BatchPlan, Cache, CacheLimit, Dataset, Decoder, Purpose, Sample, Skipped,
@@ -26,7 +29,7 @@ use crate::data::{
 };
 use crate::exec::cpu::{Options, PlanError};
 use crate::exec::params::{Params, TensorMap, TensorSource};
-use crate::exec::{HeadStep, Runner, TrainingStep, Variables, head_logits, training_step};
+use crate::exec::{HeadStep, Runner, TrainingStep, Variables, training_step};
 use crate::graph::Graph;
 use crate::weights::{Description, WeightsError, write_tensors, write_whole};
 
@@ -59,138 +62,6 @@ pub const METRICS_FILE: &str = "metrics.jsonl";
 /// Every setting, as resolved.
 pub const CONFIG_FILE: &str = "config.toml";
 
-/// What happens during a run, for those who watch.
-pub enum Event<'a> {
-    /// An image could not be read; each is named once.
-    Skipped(&'a Skipped),
-    /// So many images went through the frozen backbone.
-    Features {
-        done: usize,
-        total: usize,
-    },
-    Batch(BatchReport),
-    /// An epoch's figures, and what its network said of each validation image.
-    Epoch(&'a EpochReport, &'a Evaluation),
-}
-
-/// Where an epoch stands.
-#[derive(Clone, Copy, Debug)]
-pub struct BatchReport {
-    /// From 1.
-    pub epoch: u64,
-    pub epochs: u64,
-    /// Batches done, of so many.
-    pub batch: u64,
-    pub batches: u64,
-    /// Of the epoch so far, on the training images as they were augmented.
-    pub loss: f64,
-    pub accuracy: f64,
-    pub learning_rate: f64,
-    pub images_per_second: f64,
-    /// Time that the rest of the run will take.
-    pub left: Duration,
-}
-
-/// A line of metrics.jsonl.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct EpochReport {
-    /// From 1.
-    pub epoch: u64,
-    pub train_loss: f64,
-    pub train_accuracy: f64,
-    pub val_loss: f64,
-    pub val_accuracy: f64,
-    pub val_top5: f64,
-    pub val_macro_f1: f64,
-    /// Of the epoch's last step.
-    pub learning_rate: f64,
-    /// Trained on, validation not counted.
-    pub images_per_second: f64,
-    /// Of the epoch with its validation.
-    pub seconds: f64,
-    /// Better than all before it.
-    #[serde(skip)]
-    pub is_best: bool,
-}
-
-/// How a run ended.
-pub enum End {
-    Finished(Summary),
-    /// As was asked for; everything is saved.
-    Interrupted {
-        epoch: u64,
-    },
-}
-
-/// What came of a run.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Summary {
-    pub model: PathBuf,
-    pub classes: usize,
-    pub train_images: usize,
-    pub val_images: usize,
-    pub best: Best,
-    pub epochs: u64,
-    pub seconds: f64,
-    /// The best model's, where this process saw its epoch.
-    pub evaluation: Option<Evaluation>,
-}
-
-/// Why a run ended early.
-#[derive(Debug, thiserror::Error)]
-pub enum TrainError {
-    #[error("{}", first_line(.0))]
-    Device(#[from] candle_core::Error),
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    #[error("{path}: {error}")]
-    Io { path: String, error: io::Error },
-    #[error("--freeze {given}: no such part of {model} (expected {expected})")]
-    Freeze {
-        given: String,
-        model: String,
-        expected: String,
-    },
-    #[error(
-        "epoch {epoch}, batch {batch}: the {what} is {value} at a learning rate of {rate:.2e} ({})",
-        advice(*.clipped, *.rate)
-    )]
-    Diverged {
-        what: &'static str,
-        value: f64,
-        epoch: u64,
-        batch: u64,
-        rate: f64,
-        clipped: bool,
-    },
-    #[error("{error}; {kept}")]
-    Save { error: String, kept: String },
-    #[error("epoch {epoch}: none of the images could be read, the last: {name}: {reason}")]
-    NothingRead {
-        epoch: u64,
-        name: String,
-        reason: String,
-    },
-    #[error("none of the images to validate on could be read, the last: {name}: {reason}")]
-    NothingValidated { name: String, reason: String },
-    #[error(
-        "{path}: the images are not those that the run was started with (give the same data, or start afresh with --force)"
-    )]
-    OtherData { path: String },
-    #[error(transparent)]
-    State(#[from] StateError),
-}
-
-/// What comes after is a backtrace.
-fn first_line(error: &candle_core::Error) -> String {
-    error.to_string().lines().next().unwrap_or_default().into()
-}
-
-fn advice(clipped: bool, rate: f64) -> String {
-    let clip = if clipped { "" } else { ", or --clip-norm 1" };
-    format!("try --lr {:.0e}, or --warmup 1{clip}", rate / 10.0)
-}
-
 impl Run {
     /// Trains, and leaves the results in `out`. Goes on from `state` where there is one, to the
     /// same bytes as without the interruption.
@@ -202,11 +73,45 @@ impl Run {
         state: Option<&State>,
         observe: &mut dyn FnMut(Event),
     ) -> Result<End, TrainError> {
+        if let Some(state) = state
+            && state.progress.finished
+        {
+            return Ok(End::Finished(self.summary(&state.progress, None)));
+        }
         match Fitting::start(self, state, observe)? {
-            Some((fitting, source)) => fitting.run(source, observe),
+            Some((fitting, source, first)) => fitting.run(source, first, observe),
             None => Ok(End::Interrupted {
                 epoch: state.map_or(0, |s| s.progress.epoch),
             }),
+        }
+    }
+
+    /// Writes config.toml: the settings as they are known by now.
+    ///
+    /// # Errors
+    /// Where the file cannot be written.
+    pub fn write_config(&self) -> Result<(), TrainError> {
+        let text = self.settings.to_toml();
+        let path = self.out.join(CONFIG_FILE);
+        let text = format!("# sconce finetune --config FILE\n{text}");
+        write_whole(&path, |temporary| fs::write(temporary, text))
+            .map_err(|error| io_error(&path, error))
+    }
+
+    fn summary(&self, progress: &Progress, evaluation: Option<Evaluation>) -> Summary {
+        Summary {
+            model: self.out.join(MODEL_FILE),
+            classes: self.dataset.classes.len(),
+            train_images: self.dataset.train.len(),
+            val_images: self.dataset.validation.len(),
+            best: progress.best.unwrap_or(Best {
+                epoch: 0,
+                accuracy: 0.0,
+                macro_f1: 0.0,
+            }),
+            epochs: progress.epoch,
+            seconds: progress.seconds,
+            evaluation,
         }
     }
 
@@ -232,7 +137,7 @@ impl Run {
     }
 
     /// Of each image of the plan, at most `limit` bytes in all are kept.
-    fn batch_plan(
+    pub(super) fn batch_plan(
         &self,
         samples: &[Sample],
         augmentation: Augmentation,
@@ -261,27 +166,35 @@ enum Validation {
 }
 
 /// A run under way.
-struct Fitting {
-    run: Run,
+pub(super) struct Fitting {
+    pub(super) run: Run,
     graph: Graph,
     fingerprint: String,
     variables: Variables,
-    step: Box<dyn TrainingStep>,
+    pub(super) step: Box<dyn TrainingStep>,
     validation: Validation,
-    optimizer: Optimizer,
+    pub(super) optimizer: Optimizer,
     loss: CrossEntropy,
-    schedule: Schedule,
+    pub(super) schedule: Schedule,
     /// Moving averages of parameters and running statistics, by name.
-    averages: BTreeMap<String, Tensor>,
+    pub(super) averages: BTreeMap<String, Tensor>,
     workers: Workers,
-    progress: Progress,
+    pub(super) progress: Progress,
     /// Names of images that were reported as unreadable.
     named: BTreeSet<String>,
     last_checkpoint: Instant,
     /// When this process began, and the time that others spent before.
-    began: Instant,
-    seconds_before: f64,
+    pub(super) began: Instant,
+    pub(super) seconds_before: f64,
     best_evaluation: Option<Evaluation>,
+    pub(super) steps_per_epoch: u64,
+    /// When this process took its first step, and which that was.
+    steps_began: (Instant, u64),
+    /// What validation is thought to take.
+    pub(super) validation_seconds: f64,
+    /// Whether this process planned by the clock: who resumes or repeats a run wants what it came
+    /// to, however long that takes.
+    pub(super) heeds_clock: bool,
 }
 
 impl Fitting {
@@ -290,7 +203,7 @@ impl Fitting {
         run: Run,
         state: Option<&State>,
         observe: &mut dyn FnMut(Event),
-    ) -> Result<Option<(Self, Source)>, TrainError> {
+    ) -> Result<Option<(Self, Source, Option<FirstEpoch>)>, TrainError> {
         let began = Instant::now();
         let settings = &run.settings;
         let graph = run.model.architecture.graph(run.model.labels.len());
@@ -304,12 +217,15 @@ impl Fitting {
         }
         let size = [run.model.preprocessing.crop; 2];
         graph.shapes(size[0], size[1]).map_err(PlanError::from)?;
-        let frozen =
+        let mut frozen =
             frozen_names(&graph, &settings.freeze).map_err(|expected| TrainError::Freeze {
                 given: settings.freeze.clone(),
                 model: run.model.name.clone(),
                 expected,
             })?;
+        if settings.norms == Norms::Stored {
+            frozen.extend(norm_names(&graph));
+        }
         let weights = match state {
             Some(state) => Some(state.weights()),
             None => run.source.clone(),
@@ -320,59 +236,60 @@ impl Fitting {
         if let Some(state) = state {
             state.check_complete(&params.report())?;
         }
-        let mut named = BTreeSet::new();
+        let loss = CrossEntropy {
+            label_smoothing: settings.label_smoothing,
+            class_weights: match settings.class_weights {
+                ClassWeights::None => None,
+                ClassWeights::Auto => Some(class_weights(&run.dataset.class_counts())),
+            },
+        };
+        let workers = Workers::new(run.threads).map_err(|error| TrainError::Io {
+            path: "threads".into(),
+            error,
+        })?;
         let options = Options::threads(run.threads).exact(settings.exact);
         let limit = CacheLimit::new(run.cache_bytes);
-        let (step, source, validation) = if settings.freeze == "backbone" {
-            let step: Box<dyn TrainingStep> = Box::new(HeadStep::new(&graph, &variables)?);
+        let head_only = settings.freeze == "backbone";
+        let fits = settings.head == HeadStart::Fit && state.is_none();
+        let mut frozen_part = FrozenPart::new(&run, observe);
+        let mut first = None;
+        let mut known = (None, None);
+        let mut runner = None;
+        if head_only || fits {
             let (node, _) = graph.features();
-            let mut runner = Runner::new(graph.clone(), &vb, size, node, options)?;
-            let plain = [&run.dataset.train, &run.dataset.validation]
-                // Each is read once.
-                .map(|samples| run.batch_plan(samples, Augmentation::NONE, &CacheLimit::default()));
-            let reused = settings.augmentation() == Augmentation::NONE;
-            let total =
-                run.dataset.validation.len() + if reused { run.dataset.train.len() } else { 0 };
-            let mut before = 0;
-            let mut compute = |plan: &BatchPlan| {
-                let features =
-                    Features::compute(&mut runner, plan, &run.device, &mut |done, skipped| {
-                        for image in skipped {
-                            if named.insert(image.name.clone()) {
-                                observe(Event::Skipped(image));
-                            }
-                        }
-                        let done = before + done;
-                        observe(Event::Features { done, total });
-                        !run.stop.load(Ordering::Relaxed)
-                    });
-                before += plan.samples.len();
-                features
-            };
-            let mut features = None;
-            if reused {
-                match compute(&plain[0])? {
-                    Some(all) => features = Some(all),
-                    None => return Ok(None),
-                }
-            }
-            let Some(validation) = compute(&plain[1])? else {
+            let runner = runner.insert(Runner::new(graph.clone(), &vb, size, node, options)?);
+            let reused =
+                head_only && settings.augmentation() == Augmentation::NONE && settings.epochs > 0;
+            let Some(features) = frozen_part.compute(runner, fits, fits || reused)? else {
                 return Ok(None);
             };
-            let plan = run.batch_plan(&run.dataset.train, settings.augmentation(), &limit);
-            let source = Source::behind(runner, features, plan, &run.device);
-            (step, source, Validation::Features(validation))
-        } else {
-            let step = training_step(graph.clone(), &variables, options)?;
-            let plan = run.batch_plan(&run.dataset.train, settings.augmentation(), &limit);
-            let validation = &run.dataset.validation;
-            let validation = run.batch_plan(validation, Augmentation::NONE, &limit);
-            let source = Source::images(plan, &run.device);
-            (step, source, Validation::Images(validation))
+            known = features;
+        }
+        if fits && let (Some(training), Some(validation)) = &known {
+            first =
+                frozen_part.fit_head(&graph, &variables, training, validation, &loss, &workers)?;
+            if first.is_none() {
+                return Ok(None);
+            }
+        }
+        let named = frozen_part.named;
+        let plan = run.batch_plan(&run.dataset.train, settings.augmentation(), &limit);
+        let (step, source, validation) = match (known, runner) {
+            ((training, Some(validation)), Some(runner)) if head_only => {
+                let step: Box<dyn TrainingStep> = Box::new(HeadStep::new(&graph, &variables)?);
+                let training = training.filter(|_| settings.augmentation() == Augmentation::NONE);
+                let source = Source::behind(runner, training, plan, &run.device);
+                (step, source, Validation::Features(validation))
+            }
+            _ => {
+                let step = training_step(graph.clone(), &variables, options)?;
+                let validation = &run.dataset.validation;
+                let validation = run.batch_plan(validation, Augmentation::NONE, &limit);
+                let source = Source::images(plan, &run.device);
+                (step, source, Validation::Images(validation))
+            }
         };
-        let names = step.parameters().iter().map(|(name, _)| name.as_str());
-        let groups = groups(&graph, names, settings.weight_decay, settings.layer_decay);
-        let mut optimizer = Optimizer::new(settings.rule(), step.parameters(), groups)?;
+        let mut optimizer = new_optimizer(settings, &graph, step.as_ref())?;
         let mut averages = BTreeMap::new();
         if settings.ema.is_some() {
             for (name, variable) in step.parameters().iter().chain(step.buffers()) {
@@ -390,19 +307,9 @@ impl Fitting {
             }
         }
         let batches = source.plan.training_batches() as u64;
-        let schedule = settings.schedule(batches.div_ceil(settings.accumulate as u64));
-        let loss = CrossEntropy {
-            label_smoothing: settings.label_smoothing,
-            class_weights: match settings.class_weights {
-                ClassWeights::None => None,
-                ClassWeights::Auto => Some(class_weights(&run.dataset.class_counts())),
-            },
-        };
+        let steps_per_epoch = batches.div_ceil(settings.accumulate as u64);
+        let schedule = settings.schedule(steps_per_epoch);
         let seconds_before = progress.seconds;
-        let workers = Workers::new(run.threads).map_err(|error| TrainError::Io {
-            path: "threads".into(),
-            error,
-        })?;
         let fitting = Self {
             graph,
             fingerprint,
@@ -420,9 +327,17 @@ impl Fitting {
             began,
             seconds_before,
             best_evaluation: None,
+            steps_per_epoch,
+            steps_began: (began, 0),
+            validation_seconds: 0.0,
+            heeds_clock: false,
             run,
         };
-        Ok(Some((fitting, source)))
+        Ok(Some((fitting, source, first)))
+    }
+
+    pub(super) fn new_optimizer(&self) -> candle_core::Result<Optimizer> {
+        new_optimizer(&self.run.settings, &self.graph, self.step.as_ref())
     }
 
     /// Of all processes that worked on the run.
@@ -433,9 +348,24 @@ impl Fitting {
     fn run(
         mut self,
         mut source: Source,
+        first: Option<FirstEpoch>,
         observe: &mut dyn FnMut(Event),
     ) -> Result<End, TrainError> {
         self.cut_metrics()?;
+        if let Some(FirstEpoch {
+            mut report,
+            evaluation,
+        }) = first
+        {
+            self.finish_epoch(&mut report, &evaluation)?;
+            observe(Event::Epoch(&report, &evaluation));
+        }
+        if !self.find_settings(&mut source, observe)? {
+            return Ok(End::Interrupted {
+                epoch: self.progress.epoch,
+            });
+        }
+        self.steps_began = (Instant::now(), self.progress.step);
         while !self.progress.finished {
             let began = Instant::now();
             let (rate, images_per_second) = match self.epoch(&mut source, observe)? {
@@ -478,21 +408,8 @@ impl Fitting {
             self.finish_epoch(&mut report, &evaluation)?;
             observe(Event::Epoch(&report, &evaluation));
         }
-        let best = self.progress.best.unwrap_or(Best {
-            epoch: 0,
-            accuracy: 0.0,
-            macro_f1: 0.0,
-        });
-        Ok(End::Finished(Summary {
-            model: self.run.out.join(MODEL_FILE),
-            classes: self.run.dataset.classes.len(),
-            train_images: self.run.dataset.train.len(),
-            val_images: self.run.dataset.validation.len(),
-            best,
-            epochs: self.progress.epoch,
-            seconds: self.progress.seconds,
-            evaluation: self.best_evaluation,
-        }))
+        let evaluation = self.best_evaluation.take();
+        Ok(End::Finished(self.run.summary(&self.progress, evaluation)))
     }
 
     /// Trains to the end of the epoch. Gives the last step's rate and the images a second; None
@@ -515,6 +432,7 @@ impl Fitting {
         let (mut waiting, mut filled) = (0, 0);
         let mut pending = self.progress.clone();
         while pending.batch < batches
+            && pending.step < self.end_step()
             && let Some(batch) = inputs.next()
         {
             let batch = batch?;
@@ -523,41 +441,21 @@ impl Fitting {
                     observe(Event::Skipped(image));
                 }
             }
-            unread = batch.skipped.into_iter().next_back().or(unread);
+            unread = batch.skipped.last().cloned().or(unread);
             rate = self.schedule.rate(pending.step);
             let index = pending.batch;
             if !batch.labels.is_empty() {
                 let mut dropout = generator(settings.seed, Purpose::Dropout, epoch, index);
-                let logits = self.step.forward(&batch.tensor, &mut dropout)?;
-                let mixed = batch.own_share.map(|own| {
-                    let classes = self.run.dataset.classes.len();
-                    mixed_targets(&batch.labels, own, classes)
-                });
-                let targets = match &mixed {
-                    Some(distributions) => Targets::Distributions(distributions),
-                    None => Targets::Classes(&batch.labels),
-                };
-                let (loss, at_logits) = self.loss.loss(&logits, targets)?;
+                let (loss, correct) = self.learn(&batch, &mut dropout, &mut gradients)?;
                 if !loss.is_finite() {
                     return Err(self.diverged("loss", loss, index, rate));
                 }
-                let workers = &self.workers;
-                self.step.backward(&at_logits, &mut |index, gradient| {
-                    match &mut gradients[index] {
-                        Some(sum) if sum.device().is_cpu() => workers.add(sum, &gradient)?,
-                        Some(sum) => *sum = (&*sum + gradient)?,
-                        // What is added to must be this loop's own.
-                        empty if settings.accumulate > 1 => *empty = Some(gradient.copy()?),
-                        empty => *empty = Some(gradient),
-                    }
-                    Ok(())
-                })?;
                 let count = batch.labels.len();
                 filled += 1;
                 images_here += count as u64;
                 pending.images += count as u64;
                 pending.loss_sum += loss * count as f64;
-                pending.correct += named_rightly(&logits, &batch.labels)?;
+                pending.correct += correct;
             }
             pending.batch += 1;
             waiting += 1;
@@ -575,10 +473,11 @@ impl Fitting {
                     images_here,
                     spent,
                 )));
-                if self.run.stop.load(Ordering::Relaxed) {
+                if self.is_stopped() {
                     self.save()?;
                     return Ok(None);
                 }
+                self.heed_clock(observe)?;
                 if self.last_checkpoint.elapsed() >= self.run.checkpoint_every {
                     self.save()?;
                 }
@@ -596,6 +495,71 @@ impl Fitting {
         Ok(Some((rate, speed)))
     }
 
+    /// Adds a batch's gradients to what is there. Gives its loss, and how many images were named
+    /// rightly; no gradients where the loss is not finite.
+    pub(super) fn learn(
+        &mut self,
+        batch: &Inputs,
+        dropout: &mut ChaCha8Rng,
+        gradients: &mut [Option<Tensor>],
+    ) -> Result<(f64, u64), TrainError> {
+        let logits = self.step.forward(&batch.tensor, dropout)?;
+        let mixed = batch.own_share.map(|own| {
+            let classes = self.run.dataset.classes.len();
+            mixed_targets(&batch.labels, own, classes)
+        });
+        let targets = match &mixed {
+            Some(distributions) => Targets::Distributions(distributions),
+            None => Targets::Classes(&batch.labels),
+        };
+        let (loss, at_logits) = self.loss.loss(&logits, targets)?;
+        let correct = named_rightly(&logits, &batch.labels)?;
+        if !loss.is_finite() {
+            return Ok((loss, correct));
+        }
+        let workers = &self.workers;
+        let accumulates = self.run.settings.accumulate > 1;
+        self.step.backward(&at_logits, &mut |index, gradient| {
+            match &mut gradients[index] {
+                Some(sum) if sum.device().is_cpu() => workers.add(sum, &gradient)?,
+                Some(sum) => *sum = (&*sum + gradient)?,
+                // What is added to must be this loop's own.
+                empty if accumulates => *empty = Some(gradient.copy()?),
+                empty => *empty = Some(gradient),
+            }
+            Ok(())
+        })?;
+        Ok((loss, correct))
+    }
+
+    pub(super) fn is_stopped(&self) -> bool {
+        self.run.stop.load(Ordering::Relaxed)
+    }
+
+    /// The step after which the run ends, whatever its epochs.
+    fn end_step(&self) -> u64 {
+        let settings = &self.run.settings;
+        settings.last_step.or(settings.steps).unwrap_or(u64::MAX)
+    }
+
+    /// Ends the run with the step just done where the time is up.
+    fn heed_clock(&mut self, observe: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
+        let settings = &self.run.settings;
+        let (Some(limit), Some(planned)) = (settings.time, settings.steps) else {
+            return Ok(());
+        };
+        let step = self.progress.step;
+        if !self.heeds_clock
+            || step >= self.end_step()
+            || self.seconds() + self.validation_seconds < limit
+        {
+            return Ok(());
+        }
+        observe(Event::TimeUp { step, planned });
+        self.run.settings.last_step = Some(step);
+        self.run.write_config()
+    }
+
     fn batch_report(&self, batches: u64, rate: f64, images: u64, spent: f64) -> BatchReport {
         let Progress {
             epoch,
@@ -604,9 +568,10 @@ impl Fitting {
             ..
         } = self.progress;
         let seen = self.progress.images.max(1) as f64;
-        let done = (epoch * batches + batch).max(1) as f64;
-        let all = (self.run.settings.epochs * batches) as f64;
-        let left = self.seconds() / done * (all - done);
+        let step = self.progress.step;
+        let (began, first) = self.steps_began;
+        let each = began.elapsed().as_secs_f64() / step.saturating_sub(first).max(1) as f64;
+        let left = each * self.schedule.total.saturating_sub(step) as f64;
         BatchReport {
             epoch: epoch + 1,
             epochs: self.run.settings.epochs,
@@ -621,7 +586,7 @@ impl Fitting {
     }
 
     /// One step with the mean of `count` batches' gradients.
-    fn update(
+    pub(super) fn update(
         &mut self,
         gradients: &mut [Option<Tensor>],
         count: usize,
@@ -706,11 +671,7 @@ impl Fitting {
         match &self.validation {
             Validation::Features(features) => {
                 let weights = self.kept_weights();
-                let value = |(name, _): &(String, Var)| weights.get(name).map(Tensor::detach);
-                let head: Vec<Tensor> = self.step.parameters().iter().filter_map(value).collect();
-                let logits = head_logits(&features.tensor, &head[0], head.get(1))?;
-                let logits = logits.flatten_all()?.to_vec1::<f32>()?;
-                evaluation.add(&logits, &features.labels, &features.samples);
+                features.evaluate(&self.graph, &weights, &mut evaluation)?;
             }
             Validation::Images(plan) => {
                 let weights = Arc::new(TensorMap(self.kept_weights()));
@@ -783,6 +744,7 @@ impl Fitting {
             images: 0,
             correct: 0,
             finished: report.epoch >= self.run.settings.epochs
+                || self.progress.step >= self.end_step()
                 || patience.is_some_and(|p| since_best >= p),
             ..self.progress
         };
@@ -790,7 +752,7 @@ impl Fitting {
         self.save()
     }
 
-    fn save(&mut self) -> Result<(), TrainError> {
+    pub(super) fn save(&mut self) -> Result<(), TrainError> {
         self.progress.seconds = self.seconds();
         let mut tensors = BTreeMap::new();
         for (name, tensor) in self.variables.tensors() {
@@ -844,11 +806,17 @@ impl Fitting {
         };
         let kept: String = lines
             .lines()
-            .take(self.progress.epoch as usize)
+            .take(self.lines_done())
             .flat_map(|line| [line, "\n"])
             .collect();
         write_whole(&path, |temporary| fs::write(temporary, kept))
             .map_err(|error| io_error(&path, error))
+    }
+
+    /// Lines of the epochs that are done, the fitted head's included.
+    fn lines_done(&self) -> usize {
+        let fitted = self.run.settings.head == HeadStart::Fit && self.progress.best.is_some();
+        self.progress.epoch as usize + usize::from(fitted)
     }
 
     fn append_metrics(&self, report: &EpochReport) -> Result<(), TrainError> {
@@ -865,13 +833,23 @@ impl Fitting {
     }
 }
 
+fn new_optimizer(
+    settings: &Settings,
+    graph: &Graph,
+    step: &dyn TrainingStep,
+) -> candle_core::Result<Optimizer> {
+    let names = step.parameters().iter().map(|(name, _)| name.as_str());
+    let groups = groups(graph, names, settings.weight_decay, settings.layer_decay);
+    Optimizer::new(settings.rule(), step.parameters(), groups)
+}
+
 /// What the names of the optimiser's tensors begin with in a checkpoint.
 const OPTIMIZER: &str = "optimizer.";
 /// What the names of moving averages begin with in a checkpoint.
 const AVERAGE: &str = "average.";
 
 /// For an epoch that held no image at all.
-fn nothing_skipped() -> Skipped {
+pub(super) fn nothing_skipped() -> Skipped {
     Skipped {
         name: "the data".into(),
         reason: "no images".into(),

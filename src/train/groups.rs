@@ -1,17 +1,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::optimizer::Group;
-use crate::graph::Graph;
+use crate::graph::{Graph, Op};
 
-/// Names of the tensors that `--freeze` keeps as they are: `none`, all but the head (`backbone`),
-/// or everything up to and including a stage or a module.
+/// Names of the tensors that `--freeze` keeps as they are: `none` and `auto` nothing, `backbone` all
+/// but the head, or everything up to and including a stage or a module.
 ///
 /// # Errors
 /// What can be given instead, where there is no stage or module of that name before the head.
 pub fn frozen_names(graph: &Graph, freeze: &str) -> Result<BTreeSet<String>, String> {
     let head = graph.find(&graph.head().name).map_or(0, |id| id.index());
     let end = match freeze {
-        "none" => 0,
+        "none" | "auto" => 0,
         "backbone" => head,
         module => {
             let stages = graph.stages();
@@ -24,13 +24,23 @@ pub fn frozen_names(graph: &Graph, freeze: &str) -> Result<BTreeSet<String>, Str
                 _ => {
                     let before = stages.iter().filter(|s| s.nodes.end <= head);
                     let names: Vec<&str> = before.map(|s| s.name.as_str()).collect();
-                    return Err(format!("none, backbone, or one of {}", names.join(", ")));
+                    return Err(format!(
+                        "auto, none, backbone, or one of {}",
+                        names.join(", ")
+                    ));
                 }
             }
         }
     };
     let frozen = graph.nodes()[..end].iter().flat_map(|n| &n.parameters);
     Ok(frozen.map(|p| p.name.clone()).collect())
+}
+
+/// Names of all that belongs to batch norms.
+pub fn norm_names(graph: &Graph) -> impl Iterator<Item = String> {
+    let norms = graph.nodes().iter();
+    let norms = norms.filter(|n| matches!(n.op, Op::BatchNorm { .. }));
+    norms.flat_map(|n| n.parameters.iter().map(|p| p.name.clone()))
 }
 
 /// A group for each of the named parameters: norms, biases, class tokens and positions do not

@@ -19,8 +19,12 @@ pub struct Settings {
     pub from_scratch: bool,
     /// A fresh head even where the weights have one of the right size.
     pub reset_head: bool,
-    /// `none`, `backbone`, or the last of the stages that stay as they are.
+    /// `auto` and `none` (nothing), `backbone`, or the last of the stages that stay as they are.
     pub freeze: String,
+    #[serde(default)]
+    pub head: HeadStart,
+    #[serde(default)]
+    pub norms: Norms,
     /// Height and width of the images; None until the network is known, then at first its own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image_size: Option<usize>,
@@ -39,12 +43,22 @@ pub struct Settings {
     pub val_split: f64,
     /// Images of more pixels are not read.
     pub max_pixels: u64,
+    /// Passes over the training images after the head was fitted, if it is.
     pub epochs: u64,
     pub batch_size: usize,
     /// Batches whose gradients make one step.
     pub accumulate: usize,
+    /// Seconds that the whole run may take: epochs and steps are planned to fit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub time: Option<f64>,
+    /// Steps that the time allows, once they are planned.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steps: Option<u64>,
+    /// The step at which the time was up, where that was before the planned end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_step: Option<u64>,
     pub optimizer: OptimizerKind,
-    pub learning_rate: f64,
+    pub learning_rate: LearningRate,
     /// Of SGD.
     pub momentum: f64,
     /// Of SGD.
@@ -71,6 +85,56 @@ pub struct Settings {
     /// No shortcut that changes digits.
     pub exact: bool,
     pub seed: u64,
+}
+
+/// The highest learning rate.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum LearningRate {
+    Is(f64),
+    /// To be found before the first step.
+    Found(Auto),
+}
+
+/// `auto`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Auto {
+    Auto,
+}
+
+impl LearningRate {
+    pub const AUTO: Self = Self::Found(Auto::Auto);
+
+    /// 0 where it has not been found.
+    pub fn value(self) -> f64 {
+        match self {
+            Self::Is(rate) => rate,
+            Self::Found(_) => 0.0,
+        }
+    }
+}
+
+/// What the head is before the first step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HeadStart {
+    /// The one that suits the features of the frozen network best.
+    Fit,
+    /// That of the weights, or a random one.
+    #[default]
+    Train,
+}
+
+/// What batch norms go by in training.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Norms {
+    /// The batch's statistics.
+    #[default]
+    Batch,
+    /// Those that they came with; they are not trained.
+    Stored,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,9 +203,9 @@ impl Settings {
     pub fn schedule(&self, steps_per_epoch: u64) -> Schedule {
         Schedule {
             shape: self.schedule,
-            rate: self.learning_rate,
+            rate: self.learning_rate.value(),
             warmup: (self.warmup * steps_per_epoch as f64).round() as u64,
-            total: self.epochs * steps_per_epoch,
+            total: self.steps.unwrap_or(self.epochs * steps_per_epoch),
         }
     }
 
@@ -152,7 +216,11 @@ impl Settings {
         let positive = |v: f64| v > 0.0 && v.is_finite();
         let least_0 = |v: f64| v >= 0.0 && v.is_finite();
         let checks = [
-            (self.epochs > 0, "epochs", "at least 1"),
+            (
+                self.epochs > 0 || self.head == HeadStart::Fit,
+                "epochs",
+                "at least 1, or 0 with --head fit",
+            ),
             (self.batch_size > 0, "batch-size", "at least 1"),
             (self.accumulate > 0, "accumulate", "at least 1"),
             (
@@ -160,7 +228,16 @@ impl Settings {
                 "image-size",
                 "1 to 4096",
             ),
-            (positive(self.learning_rate), "lr", "a number above 0"),
+            (
+                self.learning_rate == LearningRate::AUTO || positive(self.learning_rate.value()),
+                "lr",
+                "a number above 0, or auto",
+            ),
+            (
+                self.time.is_none_or(positive),
+                "time",
+                "a time like 90s, 5m or 1h30m",
+            ),
             (share(self.momentum), "momentum", "0 to 1, 1 excluded"),
             (
                 !self.nesterov || self.momentum > 0.0 || self.optimizer == OptimizerKind::AdamW,

@@ -1,7 +1,11 @@
+use std::collections::BTreeMap;
+
 use candle_core::{Device, Result, Tensor};
 
-use crate::data::{Batch, BatchPlan, Batches, Skipped};
-use crate::exec::Runner;
+use super::metrics::Evaluation;
+use crate::data::{Batch, BatchPlan, Batches, Skipped, mirror};
+use crate::exec::{Runner, head_logits};
+use crate::graph::Graph;
 
 /// What a training step takes in.
 pub(super) struct Inputs {
@@ -31,6 +35,8 @@ struct Backbone {
 pub(super) struct Features {
     /// `[M, F]`
     pub tensor: Tensor,
+    /// Of the same images seen in a mirror, `[M, F]`.
+    pub mirrored: Option<Vec<f32>>,
     /// For each sample its row; None where it could not be read.
     rows: Vec<Option<u32>>,
     /// Classes of the rows.
@@ -40,15 +46,17 @@ pub(super) struct Features {
 }
 
 impl Features {
-    /// Computes the features of every sample; `done` hears of the progress. None where it says
-    /// that this is enough.
+    /// Computes the features of every sample, and of its mirror image too where `mirrored` says
+    /// so; `done` hears of the progress. None where it says that this is enough.
     pub fn compute(
         runner: &mut Runner,
         plan: &BatchPlan,
+        mirrored: bool,
         device: &Device,
         done: &mut dyn FnMut(usize, &[Skipped]) -> bool,
     ) -> Result<Option<Self>> {
-        let mut values: Vec<f32> = Vec::new();
+        let (mut values, mut others): (Vec<f32>, Vec<f32>) = Default::default();
+        let size = plan.preprocessing.crop;
         let mut rows = vec![None; plan.samples.len()];
         let (mut labels, mut samples) = (Vec::new(), Vec::new());
         let mut seen = 0;
@@ -60,6 +68,11 @@ impl Features {
             }
             if !batch.labels.is_empty() {
                 values.extend(runner.run(&batch.pixels, batch.labels.len())?);
+                if mirrored {
+                    // Its rows follow each other as those of one high image would.
+                    let pixels = mirror(&batch.pixels, size);
+                    others.extend(runner.run(&pixels, batch.labels.len())?);
+                }
             }
             seen += batch.labels.len() + batch.skipped.len();
             if !done(seen, &batch.skipped) {
@@ -69,10 +82,33 @@ impl Features {
         let width = values.len().checked_div(labels.len()).unwrap_or(0);
         Ok(Some(Self {
             tensor: Tensor::from_vec(values, (labels.len(), width), device)?,
+            mirrored: mirrored.then_some(others),
             rows,
             labels,
             samples,
         }))
+    }
+}
+
+impl Features {
+    /// Counts what the head among `weights` makes of the samples.
+    pub fn evaluate(
+        &self,
+        graph: &Graph,
+        weights: &BTreeMap<String, Tensor>,
+        evaluation: &mut Evaluation,
+    ) -> Result<()> {
+        let mut head = Vec::new();
+        for parameter in &graph.head().parameters {
+            match weights.get(&parameter.name) {
+                Some(tensor) => head.push(tensor.detach()),
+                None => candle_core::bail!("parameter {} is missing", parameter.name),
+            }
+        }
+        let logits = head_logits(&self.tensor, &head[0], head.get(1))?;
+        let logits = logits.flatten_all()?.to_vec1::<f32>()?;
+        evaluation.add(&logits, &self.labels, &self.samples);
+        Ok(())
     }
 }
 

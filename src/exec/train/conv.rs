@@ -9,13 +9,14 @@
 //!
 //! Blocks, and with them the order of all sums, follow from the layer's shape alone.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::ops::Range;
 
 use super::values::{
     Destination, Feed, Memory, NormId, OutputGradient, ParameterId, Shared, Strip, ValueId,
 };
-use crate::graph::Conv2d;
+use crate::graph::{Activation, Conv2d};
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::{Epilogue, Packed, Rows, gemm};
 use crate::kernels::transposed::{self, PANEL, Panels, pack_row, padded};
@@ -85,10 +86,22 @@ pub(super) struct Layer {
     pub bias: Option<ParameterId>,
     /// The norm that wants the moments of the output.
     pub moments: Option<NormId>,
+    /// A norm on stored statistics that nobody trains, as part of weights and bias.
+    pub folded: Option<Folded>,
+    /// A clipping activation, which the output has gone through where it lies.
+    pub activation: Option<Activation>,
     pub blocks: Vec<Block>,
     pub weights: Weights,
     pub bias_values: Vec<f32>,
     pub backward: Option<Backward>,
+}
+
+/// A batch norm as a scale and a shift for each output.
+pub(super) struct Folded {
+    /// Weight, bias, mean, variance.
+    pub parameters: [ParameterId; 4],
+    pub eps: f64,
+    pub scale: Vec<f32>,
 }
 
 /// Weights as the kernels read them, filled anew for each step.
@@ -327,6 +340,16 @@ impl SumShape {
     }
 }
 
+impl Folded {
+    /// Multiplies each output's row with its scale: weights, or their gradient.
+    fn scale_rows(&self, values: &mut [f32]) {
+        let rows = values.chunks_exact_mut(values.len() / self.scale.len());
+        for (row, scale) in rows.zip(&self.scale) {
+            row.iter_mut().for_each(|v| *v *= scale);
+        }
+    }
+}
+
 impl Layer {
     /// The blocks of a batch, such that a block's strips stay in the cache.
     pub fn blocks(conv: &Conv2d, weights: &Weights, count: usize, output: Dims) -> Vec<Block> {
@@ -514,8 +537,33 @@ impl Layer {
         }
     }
 
-    /// Takes the parameters as they are now.
-    pub fn load(&mut self, weight: &[f32], bias: Option<&[f32]>) {
+    /// Takes the parameters as they are now, with those of a norm that becomes part of them.
+    pub fn load(&mut self, weight: &[f32], bias: Option<&[f32]>, norm: Option<[Vec<f32>; 4]>) {
+        let (Some(folded), Some([gamma, beta, mean, variance])) = (&mut self.folded, norm) else {
+            return self.load_plain(weight, bias);
+        };
+        let mut shift = vec![0.0; gamma.len()];
+        for c in 0..gamma.len() {
+            let scale = f64::from(gamma[c]) / (f64::from(variance[c]) + folded.eps).sqrt();
+            let bias = bias.map_or(0.0, |bias| f64::from(bias[c]));
+            folded.scale[c] = scale as f32;
+            shift[c] = (f64::from(beta[c]) + (bias - f64::from(mean[c])) * scale) as f32;
+        }
+        let scaled = self.scaled(weight).into_owned();
+        self.load_plain(&scaled, Some(&shift));
+    }
+
+    /// Weights times the scales of a norm that is part of them.
+    fn scaled<'a>(&self, weight: &'a [f32]) -> Cow<'a, [f32]> {
+        let Some(folded) = &self.folded else {
+            return weight.into();
+        };
+        let mut scaled = weight.to_vec();
+        folded.scale_rows(&mut scaled);
+        scaled.into()
+    }
+
+    fn load_plain(&mut self, weight: &[f32], bias: Option<&[f32]>) {
         let [kh, kw] = self.window.kernel;
         let area = kh * kw;
         let channels = self.output.c;
@@ -564,6 +612,7 @@ impl Layer {
         let Weights::Dense { groups, place } = &self.weights else {
             return;
         };
+        let weight = self.scaled(weight);
         let [kh, kw] = self.window.kernel;
         let ins = self.input.c / self.conv.groups;
         let each = weight.len() / self.conv.groups;
@@ -580,6 +629,7 @@ impl Layer {
         let Some(input) = self.backward.as_ref().and_then(|b| b.input.as_ref()) else {
             return;
         };
+        let weight = self.scaled(weight);
         let [kh, kw] = self.window.kernel;
         let area = kh * kw;
         let s = self.conv.stride;
@@ -702,7 +752,7 @@ impl Layer {
         let output = Target::new(z, layout, block.images);
         if let Weights::Winograd(weights) = &self.weights {
             self.forward_tiles(memory, weights, block, &output, scratch);
-            return self.take_moments(memory, index, z);
+            return self.finish_block(memory, index, z);
         }
         let (input, window, channel) = self.block_input(memory, block, &mut scratch.input);
         let groups = self.conv.groups;
@@ -736,12 +786,15 @@ impl Layer {
                 }
             }
         }
-        self.take_moments(memory, index, z);
+        self.finish_block(memory, index, z);
     }
 
-    /// The moments of a block's output.
-    fn take_moments(&self, memory: &Memory, index: usize, z: &[f32]) {
+    /// The activation of a block's output, or its moments.
+    fn finish_block(&self, memory: &Memory, index: usize, z: &mut [f32]) {
         let channels = self.output.c;
+        if let Some(activation) = self.activation {
+            rowwise::clip(memory.isa, activation, z);
+        }
         if let Some(norm) = self.moments {
             let norm = memory.norm(norm);
             // SAFETY: the block is the task's own.
@@ -864,7 +917,11 @@ impl Layer {
             });
         });
         if let Some(sums) = &backward.weights {
-            emit(self.weight, self.weight_gradient(memory, sums));
+            let mut gradient = self.weight_gradient(memory, sums);
+            if let Some(folded) = &self.folded {
+                folded.scale_rows(&mut gradient);
+            }
+            emit(self.weight, gradient);
         }
         if let (Some(partials), Some(bias)) = (&backward.bias, self.bias) {
             let mut sums = vec![0.0_f64; self.output.c];
@@ -872,7 +929,11 @@ impl Layer {
                 let pairs = sums.iter_mut().zip(block);
                 pairs.for_each(|(sum, &part)| *sum += f64::from(part));
             }
-            emit(bias, sums.into_iter().map(|sum| sum as f32).collect());
+            let mut gradient: Vec<f32> = sums.into_iter().map(|sum| sum as f32).collect();
+            if let Some(folded) = &self.folded {
+                folded.scale_rows(&mut gradient);
+            }
+            emit(bias, gradient);
         }
     }
 

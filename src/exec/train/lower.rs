@@ -8,7 +8,7 @@
 
 use candle_core::{Result, bail};
 
-use super::conv::{self, Layer, Product, WeightSums, Weights};
+use super::conv::{self, Folded, Layer, Product, WeightSums, Weights};
 use super::operation::{self, Kind, Operation, Resampling};
 use super::values::{Destination, Feed, Norm, NormId, OutputGradient, ParameterId, ValueId, View};
 use crate::exec::cpu::Options;
@@ -278,6 +278,10 @@ impl Lowering<'_> {
                 eps,
                 momentum,
             } => {
+                if self.fold_norm(id, inputs[0], eps) {
+                    self.feeds[id.index()] = Some(inputs[0]);
+                    return Ok(());
+                }
                 let norm = self.norm(id, inputs[0], channels, eps, momentum)?;
                 let value = inputs[0].value();
                 return self.settle(
@@ -291,6 +295,10 @@ impl Lowering<'_> {
                 );
             }
             Op::Activation(activation) => {
+                if self.clip_layer(node.inputs[0], inputs[0], activation) {
+                    self.feeds[id.index()] = Some(inputs[0]);
+                    return Ok(());
+                }
                 let feed = match inputs[0] {
                     Feed::Lazy {
                         value,
@@ -466,6 +474,12 @@ impl Lowering<'_> {
     fn sum(&mut self, id: NodeId, [a, b]: [Feed; 2]) -> Result<()> {
         let inputs = match (a, b) {
             (Feed::Plain(_), Feed::Lazy { .. }) => vec![b, a],
+            // The later one first: its gradient is done with before the other's is added to.
+            (Feed::Plain(_), Feed::Plain(_))
+                if self.producers[b.value()] > self.producers[a.value()] =>
+            {
+                vec![b, a]
+            }
             _ => vec![a, b],
         };
         let whole = |feed: &Feed| !matches!(feed, Feed::Plain(view) if !view.is_whole());
@@ -562,6 +576,8 @@ impl Lowering<'_> {
             weight,
             bias,
             moments: None,
+            folded: None,
+            activation: None,
             blocks: Layer::blocks(conv, &weights, self.count, output),
             weights,
             bias_values: vec![0.0; output.c],
@@ -626,6 +642,56 @@ impl Lowering<'_> {
         value
     }
 
+    /// The layer that alone makes a value, before any norm.
+    fn layer_of(&self, feed: Feed) -> Option<usize> {
+        match self.producers[feed.value()].map(|piece| self.pieces[piece]) {
+            Some(Piece::Layer(layer)) if matches!(feed, Feed::Plain(v) if v.is_whole()) => {
+                Some(layer)
+            }
+            _ => None,
+        }
+    }
+
+    /// Makes a norm on stored statistics part of the layer before it, where nothing of it is
+    /// trained and nobody else reads the layer.
+    fn fold_norm(&mut self, id: NodeId, feed: Feed, eps: f64) -> bool {
+        let first = self.first_parameter[id.index()];
+        let parameters = [first, first + 1, first + 2, first + 3];
+        let trained = parameters.iter().any(|&p| self.trained.parameters[p]);
+        let input = self.graph.node(id).inputs[0];
+        let Some(layer) = self.layer_of(feed) else {
+            return false;
+        };
+        if trained || self.only_reader(input).is_none() {
+            return false;
+        }
+        let layer = &mut self.layers[layer];
+        layer.folded = Some(Folded {
+            parameters,
+            eps,
+            scale: vec![0.0; layer.output.c],
+        });
+        true
+    }
+
+    /// Applies an activation where the layer before it writes, if its output tells what it let
+    /// through and nobody else reads what was there before.
+    fn clip_layer(&mut self, input: NodeId, feed: Feed, activation: Activation) -> bool {
+        let clips = matches!(activation, Activation::Relu | Activation::Relu6);
+        let behind = matches!(
+            self.graph.node(input).op,
+            Op::Conv2d(_) | Op::Linear { .. } | Op::BatchNorm { .. }
+        );
+        let Some(layer) = self.layer_of(feed) else {
+            return false;
+        };
+        if !clips || !behind || self.only_reader(input).is_none() {
+            return false;
+        }
+        self.layers[layer].activation = Some(activation);
+        true
+    }
+
     /// The norm behind a layer.
     fn norm(
         &mut self,
@@ -637,12 +703,11 @@ impl Lowering<'_> {
     ) -> Result<NormId> {
         let node = self.graph.node(id);
         let first = self.first_parameter[id.index()];
-        let layer = match self.producers[feed.value()].map(|piece| self.pieces[piece]) {
-            Some(Piece::Layer(layer)) if matches!(feed, Feed::Plain(v) if v.is_whole()) => layer,
-            _ => bail!(
+        let Some(layer) = self.layer_of(feed) else {
+            bail!(
                 "layer {}: a batch norm that follows no convolution is not planned for",
                 node.name
-            ),
+            );
         };
         let norm = self.norms.len();
         let trained = |p: ParameterId| self.trained.parameters[p];
@@ -854,6 +919,7 @@ impl Lowering<'_> {
             value: z,
             channels,
             norm,
+            activation: self.layers[index].activation,
         };
         self.layers[index].backward = Some(conv::Backward {
             from,

@@ -9,6 +9,9 @@
 //! that turns it into the gradient at its own output while it reads it. Parameter gradients leave
 //! as soon as they are known. All values of a batch share one arena.
 //!
+//! A batch norm on stored statistics that nobody trains becomes part of the convolution's weights,
+//! and a clipping activation behind one is applied where the output lies.
+//!
 //! What is frozen, and reads nothing that is not, is computed by the inference plan.
 //!
 //! The order of all sums follows from shapes alone: the same batch gives the same bits with any
@@ -165,7 +168,14 @@ impl Compiled {
             let mut load = || -> Result<()> {
                 let weight = tensor(layer.weight)?.clone();
                 let bias = layer.bias.map(values).transpose()?;
-                with_values(&weight, |weight| layer.load(weight, bias.as_deref()))
+                let norm = match &layer.folded {
+                    None => None,
+                    Some(folded) => {
+                        let [a, b, c, d] = folded.parameters;
+                        Some([values(a)?, values(b)?, values(c)?, values(d)?])
+                    }
+                };
+                with_values(&weight, |weight| layer.load(weight, bias.as_deref(), norm))
             };
             if let Err(error) = load() {
                 *failed.lock().unwrap_or_else(|e| e.into_inner()) = Some(error);

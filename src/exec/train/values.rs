@@ -386,7 +386,13 @@ impl Memory<'_> {
         let len = pixels * from.channels;
         let g = &self.values(from.gradient)[at..][..len];
         match from.norm {
-            None => out.copy_from_slice(g),
+            None => {
+                out.copy_from_slice(g);
+                if let Some(activation) = from.activation {
+                    let y = &self.values(from.value)[at..][..len];
+                    rowwise::mask_by_output(self.isa, y, activation, out);
+                }
+            }
             Some(norm) => {
                 let Norm { a, b, c, mean, .. } = self.norm(norm);
                 let z = &self.values(from.value)[at..][..len];
@@ -404,6 +410,8 @@ pub(super) struct OutputGradient {
     pub value: ValueId,
     pub channels: usize,
     pub norm: Option<NormId>,
+    /// What the output went through where it lies.
+    pub activation: Option<Activation>,
 }
 
 /// Rows of an image with columns of zeros left and right of them: what a window reads.
