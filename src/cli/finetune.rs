@@ -516,13 +516,14 @@ fn resolve(
     // What is wrong is said before the data are looked for.
     let unknown = Facts {
         images: 0,
-        grey: false,
+        digits: false,
     };
     let (settings, _) = complete(table.clone(), unknown)?;
     let dataset = open_data(&settings, hub)?;
+    let named = settings.data.split(':').next().unwrap_or_default();
     let facts = Facts {
         images: dataset.train.len(),
-        grey: dataset.grey,
+        digits: ["mnist", "fashion-mnist"].contains(&named),
     };
     let (settings, chosen) = complete(table, facts)?;
     notes.extend(chosen);

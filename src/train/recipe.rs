@@ -10,8 +10,8 @@ use super::settings::{HeadStart, LearningRate, Norms, Settings};
 pub struct Facts {
     /// Images to train on.
     pub images: usize,
-    /// Small grey digits and the like, which have no mirror images.
-    pub grey: bool,
+    /// MNIST's digits and clothes, which do not vary as photos do.
+    pub digits: bool,
 }
 
 /// Settings that only steps of gradients have: who gives one of them with `--freeze backbone` wants
@@ -105,7 +105,7 @@ pub fn complete(given: Table, facts: Facts) -> Result<(Settings, Option<String>)
     );
     let norms = if freeze == "auto" { "stored" } else { "batch" };
     set("norms", norms.into());
-    let still = facts.grey || head_only && !fitted_only;
+    let still = facts.digits || head_only && !fitted_only;
     set("augment", if still { "none" } else { "light" }.into());
     let rate = match (sgd, scratch || head_only) {
         (true, _) => 0.01,
