@@ -1,5 +1,4 @@
-use std::fs::{self, File};
-use std::io::{self, BufWriter, IsTerminal};
+use std::io::{self, IsTerminal};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,9 +13,9 @@ use crate::data::{
     self, Augmentation, BatchPlan, Cache, CacheLimit, Decoder, LabelledImages, Part, Sample,
 };
 use crate::exec::Runner;
-use crate::report::{Calibration, Judgement};
+use crate::report::{Balance, Calibration, Judgement, Page, confusion_matrix, quoted, write_file};
 use crate::train::{Evaluation, best_temperature};
-use crate::weights::{Model, match_classes, resolve, set_temperature, write_whole};
+use crate::weights::{Model, match_classes, resolve, set_temperature};
 
 /// Say how well a network names labelled images
 #[derive(Debug, Args)]
@@ -24,7 +23,7 @@ use crate::weights::{Model, match_classes, resolve, set_temperature, write_whole
   sconce evaluate flowers/test/ -m runs/flowers/model.safetensors
   sconce evaluate imagenet/val/ -m resnet50 --format json
   sconce evaluate flowers/ -m runs/flowers/model.safetensors --split val --calibrate
-  sconce evaluate photos.csv --mistakes mistakes.csv
+  sconce evaluate photos.csv --mistakes mistakes.csv --report report.html
 
 DATA takes the forms of finetune: a folder of class folders; one that holds train/, val/ or test/
 with class folders each; a CSV with the columns path,label[,split]; mnist, fashion-mnist or cifar10,
@@ -50,6 +49,12 @@ pub struct Arguments {
     /// Write all mistakes as CSV, the worst first
     #[arg(long, value_name = "FILE.csv")]
     mistakes: Option<PathBuf>,
+    /// Draw the confusion matrix
+    #[arg(long, value_name = "FILE.png")]
+    confusion: Option<PathBuf>,
+    /// Write a page with all of it: matrix, classes, worst mistakes as pictures
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
     /// How to print the result
     #[arg(long, value_enum, default_value_t = ReportFormat::Text)]
     format: ReportFormat,
@@ -142,7 +147,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         threads: global.threads(),
     };
     let temperature = arguments.temperature.unwrap_or(model.temperature);
-    let Model { labels, .. } = model;
+    let Model { labels, name, .. } = model;
     let Measured {
         mut evaluation,
         logits,
@@ -180,7 +185,17 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         calibration,
     };
     if let Some(path) = &arguments.mistakes {
-        write_file(path, |out| Ok(judgement.write_mistakes_csv(out)?))?;
+        let mut csv = Vec::new();
+        judgement.write_mistakes_csv(&mut csv)?;
+        write_file(path, &csv)?;
+    }
+    if let Some(path) = &arguments.confusion {
+        confusion_matrix(&evaluation, &labels)?.write(path)?;
+    }
+    if let Some(path) = &arguments.report {
+        let seconds = started.elapsed().as_secs_f64();
+        let page = page(global, arguments, &name, judgement, plan.decoder, seconds);
+        write_file(path, page.html()?.as_bytes())?;
     }
     let mut stdout = global.stdout();
     match arguments.format {
@@ -279,18 +294,51 @@ fn calibrate(
     Ok(calibration)
 }
 
-/// Writes a file whole or not at all.
-fn write_file(
-    path: &Path,
-    write: impl FnOnce(&mut BufWriter<File>) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+/// All that --report shows.
+fn page<'a>(
+    global: &Global,
+    arguments: &Arguments,
+    name: &str,
+    judgement: Judgement<'a>,
+    decoder: Decoder,
+    seconds: f64,
+) -> Page<'a> {
+    let mut counts = vec![0; judgement.labels.len()];
+    for sample in judgement.samples {
+        counts[sample.label] += 1;
     }
-    let written = write_whole(path, |temporary| {
-        let mut out = BufWriter::new(File::create(temporary)?);
-        write(&mut out).map_err(io::Error::other)?;
-        out.into_inner().map(drop).map_err(Into::into)
-    });
-    written.with_context(|| path.display().to_string())
+    let model = global.model.as_deref().unwrap_or(super::DEFAULT_MODEL);
+    let mut options = format!("-m {}", quoted(model));
+    for (option, path) in [("--weights", &global.weights), ("--labels", &global.labels)] {
+        if let Some(path) = path {
+            options += &format!(" {option} {}", quoted(&path.display().to_string()));
+        }
+    }
+    let data = &arguments.data;
+    Page {
+        title: format!("{name} on {data}"),
+        subtitle: format!(
+            "{} images of {} classes.",
+            judgement.samples.len(),
+            counts.iter().filter(|&&count| count > 0).count()
+        ),
+        judged: "images".into(),
+        epochs: &[],
+        epoch: None,
+        balance: Balance::Judged(counts),
+        seconds,
+        settings: vec![
+            ("data".into(), data.clone()),
+            ("model".into(), model.to_string()),
+            (
+                "temperature".into(),
+                format!("{:.4}", judgement.temperature),
+            ),
+            ("threads".into(), global.threads().to_string()),
+            ("batch size".into(), arguments.batch_size.to_string()),
+        ],
+        commands: vec![format!("sconce classify {options} photo.jpg")],
+        decoder,
+        judgement,
+    }
 }

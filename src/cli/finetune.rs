@@ -17,7 +17,7 @@ use crate::data::{Dataset, Skipped, default_cache_bytes};
 use crate::exec::params::{LoadReport, TensorSource};
 use crate::hub::Hub;
 use crate::models::Preprocessing;
-use crate::report::write_classes;
+use crate::report::{ReportError, RunReport, remove_reports, write_classes};
 use crate::train::{
     BatchReport, CHECKPOINT_FILE, CONFIG_FILE, End, EpochReport, Event, Facts, Finding, HeadReport,
     MODEL_FILE, RateReport, Run, Settings, State, Summary, complete,
@@ -321,8 +321,17 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     }
     let out = run.out.clone();
     let labels = run.model.labels.clone();
-    let end = run.fit(state.as_ref(), &mut |event| watcher.see(event));
+    let mut report = RunReport::new(&run);
+    let end = run.fit(state.as_ref(), &mut |event| {
+        if let Event::Epoch(epoch, evaluation) = &event {
+            watcher.note_failure(report.epoch(epoch, evaluation));
+        }
+        watcher.see(event);
+    });
     watcher.bar.finish_and_clear();
+    if let Ok(end) = &end {
+        watcher.note_failure(report.finish(matches!(end, End::Finished(_))));
+    }
     match end? {
         End::Interrupted { epoch } => {
             watcher.say(&if out.join(CHECKPOINT_FILE).exists() {
@@ -601,6 +610,7 @@ fn make_folder(out: &Path, force: bool) -> anyhow::Result<()> {
     for path in held {
         fs::remove_file(path).with_context(|| path.display().to_string())?;
     }
+    remove_reports(out)?;
     fs::create_dir_all(out).with_context(|| format!("--out {}", out.display()))
 }
 
@@ -704,6 +714,8 @@ struct Watcher {
     epochs: u64,
     /// Images and folders that could not be read.
     left_out: usize,
+    /// Said once.
+    reports_fail: bool,
 }
 
 impl Watcher {
@@ -714,6 +726,7 @@ impl Watcher {
             bar: ProgressBar::hidden(),
             epochs: 0,
             left_out: 0,
+            reports_fail: false,
         }
     }
 
@@ -728,6 +741,16 @@ impl Watcher {
         self.left_out += 1;
         let line = format!("{}: {} (left out)", image.name.escape_debug(), image.reason);
         self.bar.suspend(|| complain(&line));
+    }
+
+    /// A report that cannot be written ends no run.
+    fn note_failure(&mut self, written: Result<(), ReportError>) {
+        if let Err(error) = written
+            && !std::mem::replace(&mut self.reports_fail, true)
+        {
+            self.bar
+                .suspend(|| complain(&format!("{error} (the run goes on)")));
+        }
     }
 
     fn see(&mut self, event: Event) {

@@ -37,6 +37,14 @@ impl Picture {
         }
     }
 
+    /// The picture itself.
+    ///
+    /// # Errors
+    /// Where it cannot be read.
+    pub fn decode(&self, decoder: &Decoder) -> Result<Rgb, ImageError> {
+        self.read(decoder)?.decode(decoder)
+    }
+
     /// Pixels, by the header, and bytes of the file: what decoding it will take.
     pub(super) fn read(&self, decoder: &Decoder) -> Result<Source, ImageError> {
         match self {

@@ -6,6 +6,7 @@ use anstyle::{AnsiColor, Style};
 use serde::Serialize;
 use serde::ser::{SerializeSeq, Serializer};
 
+use super::percent;
 use crate::data::Sample;
 use crate::train::{ClassMetrics, Evaluation, Verdict};
 
@@ -307,10 +308,6 @@ pub fn write_classes(
         )?;
     }
     Ok(())
-}
-
-fn percent(share: f64) -> String {
-    format!("{:.1} %", 100.0 * share)
 }
 
 fn count(number: u64, what: &str) -> String {

@@ -48,6 +48,7 @@ mod folder;
 mod formats;
 mod labels;
 mod model_file;
+pub mod protobuf;
 mod resolve;
 mod write;
 

@@ -1,7 +1,6 @@
 //! Writing a network for others: safetensors under any dialect's names, and ONNX.
 
 mod onnx;
-mod protobuf;
 
 use std::borrow::Cow;
 use std::cell::RefCell;

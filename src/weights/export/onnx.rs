@@ -6,9 +6,9 @@
 use std::collections::HashSet;
 use std::io::{self, Write};
 
-use super::protobuf::Message;
 use super::{DType, write_values};
 use crate::graph::{Activation, Conv2d, Graph, GraphError, Node, NodeId, Op, Parameter, Shape};
+use crate::weights::protobuf::Message;
 
 /// The operator set: the first with LayerNormalization.
 const OPSET: i64 = 17;

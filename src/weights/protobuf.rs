@@ -1,6 +1,6 @@
-//! Writing protocol buffers: as much of the encoding as an ONNX file needs.
+//! Writing protocol buffers: as much of the encoding as ONNX and TensorBoard need.
 //!
-//! Six message types with a handful of fields each do not pay for a generated crate and a
+//! A dozen message types with a handful of fields each do not pay for a generated crate and a
 //! compiler of schemas in the build.
 
 use std::io::{self, Write};
@@ -40,6 +40,18 @@ impl<T> Message<T> {
         let mut bytes = key(field, 5);
         bytes.extend(value.to_le_bytes());
         self.raw(bytes)
+    }
+
+    pub fn double(self, field: u32, value: f64) -> Self {
+        let mut bytes = key(field, 1);
+        bytes.extend(value.to_le_bytes());
+        self.raw(bytes)
+    }
+
+    /// A packed list.
+    pub fn doubles(self, field: u32, values: &[f64]) -> Self {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        self.bytes(field, &bytes)
     }
 
     pub fn text(self, field: u32, text: &str) -> Self {
