@@ -3,14 +3,9 @@
 //! The right side (the weights) is packed once into panels: a few vectors of columns, all rows of
 //! them one after the other. The left side is never packed. A row of it is a pixel: a pointer and
 //! `taps`, the places behind it where runs of `depth` values begin; for a 3x3 convolution three
-//! runs of three pixels each. A tile of six rows and a panel is held in registers while the depth
-//! passes, so that each output is one chain of fused multiply-adds in the order of the depth,
-//! whatever tile it is in: its bits depend on nothing else.
-//!
-//! A deep product passes in chunks, and sums wait in the output in between, where the chains go
-//! on: a panel's chunk stays in the first-level cache for all rows, and a task can have more rows
-//! before their chunk of the left side leaves the second-level cache. The more rows, the less
-//! often the right side is read from memory.
+//! runs of three pixels each. A tile of six rows and a panel is held in registers while the whole
+//! depth passes, so that each output is one chain of fused multiply-adds in the order of the
+//! depth, whatever tile it is in: its bits depend on nothing else.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -91,6 +86,23 @@ impl Packed {
             let from = &row_values[panel.start..][..panel.columns];
             let to = panel.offset + row * panel.vectors * lanes;
             values[to..to + panel.columns].copy_from_slice(from);
+        }
+    }
+
+    /// Other values in the place of the old ones, `value(row, column)` each.
+    pub fn refill(&mut self, value: impl Fn(usize, usize) -> f32) {
+        let Values::Own(values) = &mut self.values else {
+            unreachable!("weights that change are not kept in a slab");
+        };
+        let lanes = self.isa.lanes();
+        for panel in &self.panels {
+            let width = panel.vectors * lanes;
+            let rows = values[panel.offset..][..self.depth * width].chunks_exact_mut(width);
+            for (row, to) in rows.enumerate() {
+                for (column, to) in to[..panel.columns].iter_mut().enumerate() {
+                    *to = value(row, panel.start + column);
+                }
+            }
         }
     }
 
@@ -546,10 +558,6 @@ pub unsafe fn gemm(
     packed.isa.dispatch(product);
 }
 
-/// Depth that passes at once: of so many rows a panel of sixteen columns is 16 kB, and six rows of
-/// the left side are 6 kB.
-pub const CHUNK: usize = 256;
-
 /// Values of the widest panel: three vectors of sixteen.
 const WIDEST: usize = 48;
 
@@ -566,29 +574,13 @@ impl WithSimd for Product<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let depth = self.packed.depth;
-        // What is added must still be there when the sums are complete.
-        let in_place = match (self.rows.residuals.first(), self.rows.outputs.first()) {
-            (Some(&residual), Some(&output)) => residual == output.cast_const(),
-            _ => false,
-        };
-        let chunks = if in_place { 1 } else { depth.div_ceil(CHUNK) };
-        for chunk in 0..chunks {
-            let part = chunk * depth / chunks..(chunk + 1) * depth / chunks;
-            for panel in self.panels {
-                let part = match (panel.columns == panel.vectors * S::F32_LANES, chunk) {
-                    (true, _) => part.clone(),
-                    // Where outputs end sooner than the panel there is no room for its sums.
-                    (false, 0) => 0..depth,
-                    (false, _) => continue,
-                };
-                // SAFETY: the contract of `gemm`.
-                unsafe {
-                    match panel.vectors {
-                        1 => self.narrow_panel(simd, panel, part),
-                        2 => self.panel(simd, panel, part),
-                        _ => self.wide_panel(simd, panel, part),
-                    }
+        for panel in self.panels {
+            // SAFETY: the contract of `gemm`.
+            unsafe {
+                match panel.vectors {
+                    1 => self.narrow_panel(simd, panel),
+                    2 => self.panel(simd, panel),
+                    _ => self.wide_panel(simd, panel),
                 }
             }
         }
@@ -608,13 +600,13 @@ pub(super) fn tiles(count: usize, most: usize) -> [(usize, usize); 2] {
 macro_rules! panel_in_tiles {
     ($name:ident, $vectors:literal, most $most:literal, $($rows:literal)*) => {
         #[inline(always)]
-        unsafe fn $name<S: Simd>(&self, simd: S, panel: &Panel, part: Range<usize>) {
+        unsafe fn $name<S: Simd>(&self, simd: S, panel: &Panel) {
             let mut row = 0;
             for (size, times) in tiles(self.rows.inputs.len(), $most) {
                 match size {
                     $($rows => for _ in 0..times {
                         // SAFETY: tiles cover the rows; the rest is the contract of `gemm`.
-                        unsafe { self.tile::<S, $rows, $vectors>(simd, panel, &part, row) };
+                        unsafe { self.tile::<S, $rows, $vectors>(simd, panel, row) };
                         row += $rows;
                     },)*
                     _ => {}
@@ -634,39 +626,22 @@ impl Product<'_> {
         &self,
         simd: S,
         panel: &Panel,
-        part: &Range<usize>,
         row: usize,
     ) {
         let lanes = S::F32_LANES;
         let run = self.packed.depth / self.taps.len();
         // SAFETY: the contract of `gemm`; the panel holds depth x NV vectors.
         unsafe {
-            let outputs = self.rows.outputs.as_ptr().add(row);
-            let mut sums = [[simd.splat_f32s(0.0); NV]; MR];
-            if part.start == 0 {
-                sums = [self.bias::<S, NV>(simd, panel); MR];
-            } else {
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    let output = (*outputs.add(r)).add(panel.start);
-                    for (v, sum) in sums.iter_mut().enumerate() {
-                        *sum = load::<S>(output.add(v * lanes));
-                    }
-                }
-            }
+            let bias = self.bias::<S, NV>(simd, panel);
+            let mut sums = [bias; MR];
             let mut weights = self.packed.pointer().add(panel.offset);
-            weights = weights.add(part.start * NV * lanes);
             let inputs = self.rows.inputs.as_ptr().add(row);
-            for (index, &tap) in self.taps.iter().enumerate() {
-                let (from, to) = (part.start.max(index * run), part.end.min((index + 1) * run));
-                if from >= to {
-                    continue;
-                }
-                let first = tap + from - index * run;
+            for &tap in self.taps {
                 let mut pixels = [std::ptr::null::<f32>(); MR];
                 for (r, pixel) in pixels.iter_mut().enumerate() {
-                    *pixel = (*inputs.add(r)).add(first);
+                    *pixel = (*inputs.add(r)).add(tap);
                 }
-                for k in 0..to - from {
+                for k in 0..run {
                     let mut columns = [simd.splat_f32s(0.0); NV];
                     for (v, column) in columns.iter_mut().enumerate() {
                         *column = load::<S>(weights.add(v * lanes));
@@ -680,15 +655,7 @@ impl Product<'_> {
                     }
                 }
             }
-            if part.end == self.packed.depth {
-                return self.finish::<S, MR, NV>(simd, panel, row, sums);
-            }
-            for (r, sums) in sums.into_iter().enumerate() {
-                let output = (*outputs.add(r)).add(panel.start);
-                for (v, sum) in sums.into_iter().enumerate() {
-                    store::<S>(output.add(v * lanes), sum);
-                }
-            }
+            self.finish::<S, MR, NV>(simd, panel, row, sums);
         }
     }
 

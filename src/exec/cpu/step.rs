@@ -9,7 +9,7 @@ use super::shares::Shares;
 use crate::graph::Activation;
 use crate::kernels::bottleneck::{self, Bottleneck};
 use crate::kernels::depthwise::Depthwise;
-use crate::kernels::gemm::{self, Epilogue, Packed, Rows, Store, gemm};
+use crate::kernels::gemm::{Epilogue, Packed, Rows, Store, gemm};
 use crate::kernels::grouped::Grouped;
 use crate::kernels::grouped_strip::GroupedStrip;
 use crate::kernels::memory::Buffer;
@@ -484,7 +484,7 @@ impl Run<'_> {
         // Of a task, in products of a row and a panel's column of vectors.
         const OVERHEAD: usize = 4_000;
         let threads = self.threads.threads();
-        let most = (BLOCK_VALUES / depth.min(gemm::CHUNK)).clamp(4 * TILE, 40 * TILE);
+        let most = (BLOCK_VALUES / depth).clamp(4 * TILE, 40 * TILE);
         let fewest_blocks = rows.div_ceil(most);
         let mut best = (usize::MAX, (rows, panels));
         for blocks in fewest_blocks..fewest_blocks + 2 * threads {
