@@ -198,10 +198,7 @@ fn first_the_head_then_all_of_the_network() {
     let data = photos();
     let runs = tempfile::tempdir().unwrap();
     let out = runs.path().join("run");
-    let output = done(&and(
-        &recipe(data.path(), &out),
-        &["--format", "json", "--lr", "1e-3"],
-    ));
+    let output = done(&and(&recipe(data.path(), &out), &["--format", "json"]));
     let notes = stderr(&output);
     assert!(
         notes.contains("for 24 images: first the head on the frozen network; then all of it"),

@@ -105,7 +105,8 @@ fn check_figures(html: &str, judged: &Value) {
         let label = label
             .replace('&', "&amp;")
             .replace('<', "&lt;")
-            .replace('>', "&gt;");
+            .replace('>', "&gt;")
+            .replace('"', "&quot;");
         let cells: Vec<String> = [
             label,
             class["support"].to_string(),

@@ -73,10 +73,15 @@ impl Run {
         state: Option<&State>,
         observe: &mut dyn FnMut(Event),
     ) -> Result<End, TrainError> {
-        if let Some(state) = state
-            && state.progress.finished
-        {
-            return Ok(End::Finished(self.summary(&state.progress, None)));
+        if let Some(state) = state {
+            if state.data_fingerprint != self.fingerprint() {
+                return Err(TrainError::OtherData {
+                    path: self.settings.data,
+                });
+            }
+            if state.progress.finished {
+                return Ok(End::Finished(self.summary(&state.progress, None)));
+            }
         }
         match Fitting::start(self, state, observe)? {
             Some((fitting, source, first)) => fitting.run(source, first, observe),
@@ -208,13 +213,6 @@ impl Fitting {
         let settings = &run.settings;
         let graph = run.model.architecture.graph(run.model.labels.len());
         let fingerprint = run.fingerprint();
-        if let Some(state) = state
-            && state.data_fingerprint != fingerprint
-        {
-            return Err(TrainError::OtherData {
-                path: settings.data.clone(),
-            });
-        }
         let size = [run.model.preprocessing.crop; 2];
         graph.shapes(size[0], size[1]).map_err(PlanError::from)?;
         let mut frozen =

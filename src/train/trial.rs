@@ -265,7 +265,7 @@ mod tests {
         let falling: Vec<f64> = (0..40)
             .map(|i| match i {
                 0..34 => 3.0 - 2.0 / (1.0 + (-(i as f64 - 18.0)).exp()),
-                _ => 1.0 + (i as f64 - 33.0),
+                _ => 1.0 + 4.0 * (i as f64 - 33.0),
             })
             .collect();
         let (rate, why) = choose(&rates, &falling);

@@ -995,7 +995,7 @@ impl Layer {
             line,
             rows,
         } = scratch;
-        let dz = if self.is_pointwise() && stride == 1 && backward.from.norm.is_none() {
+        let dz = if self.is_pointwise() && stride == 1 && backward.from.is_plain() {
             // As it lies there: the strip would be a copy.
             let (start, _) = block.pixels(self.output);
             // SAFETY: a place in the value.

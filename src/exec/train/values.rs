@@ -414,6 +414,13 @@ pub(super) struct OutputGradient {
     pub activation: Option<Activation>,
 }
 
+impl OutputGradient {
+    /// Whether it is the gradient as it lies there.
+    pub fn is_plain(&self) -> bool {
+        self.norm.is_none() && self.activation.is_none()
+    }
+}
+
 /// Rows of an image with columns of zeros left and right of them: what a window reads.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Strip {
