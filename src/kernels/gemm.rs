@@ -14,7 +14,7 @@ use std::sync::{Arc, OnceLock};
 use pulp::{Simd, WithSimd};
 
 use super::elementwise;
-use super::isa::{Isa, load, store};
+use super::isa::{Isa, load, prefetch, store};
 use super::memory::{Block, Slab};
 use super::{Source, Target, Window};
 use crate::graph::Activation;
@@ -632,6 +632,7 @@ impl Product<'_> {
         let run = self.packed.depth / self.taps.len();
         // SAFETY: the contract of `gemm`; the panel holds depth x NV vectors.
         unsafe {
+            self.prefetch::<MR>(panel, row, NV * lanes);
             let bias = self.bias::<S, NV>(simd, panel);
             let mut sums = [bias; MR];
             let mut weights = self.packed.pointer().add(panel.offset);
@@ -656,6 +657,25 @@ impl Product<'_> {
                 }
             }
             self.finish::<S, MR, NV>(simd, panel, row, sums);
+        }
+    }
+
+    /// Asks for what the tile's end adds and overwrites. Each row of a tile is a line or two far from the
+    /// next one, which the processor does not foresee.
+    #[inline(always)]
+    unsafe fn prefetch<const MR: usize>(&self, panel: &Panel, row: usize, count: usize) {
+        // SAFETY: the contract of `gemm`.
+        unsafe {
+            if !self.rows.residuals.is_empty() {
+                let residuals = self.rows.residuals.as_ptr().add(row);
+                for r in 0..MR {
+                    prefetch((*residuals.add(r)).wrapping_add(panel.start), count);
+                }
+            }
+            let outputs = self.rows.outputs.as_ptr().add(row);
+            for r in 0..MR {
+                prefetch((*outputs.add(r)).wrapping_add(panel.start), count);
+            }
         }
     }
 
