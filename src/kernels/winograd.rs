@@ -186,7 +186,7 @@ impl Winograd {
         count: usize,
         rows: &mut Rows,
     ) {
-        *rows = Rows::new();
+        rows.clear();
         // SAFETY: the scratch's frequency holds `scratch.tiles` rows.
         unsafe {
             let input = scratch

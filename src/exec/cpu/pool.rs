@@ -2,14 +2,17 @@
 //!
 //! A network is dozens of steps of a tenth of a millisecond, so that handing out work must cost a
 //! microsecond: workers spin for a moment between steps before they sleep, and tasks are claimed
-//! one by one from a counter. A step ends when its tasks are done, not when every worker has
-//! noticed: where another process has taken a core away, the others do the work and nobody waits
-//! for the thread that is not running. Threads beyond the machine's cores are left asleep: they
-//! could only take turns with the others.
+//! one by one. Each thread has a share of them, neighbours of each other, the same part of every
+//! step: as tasks are in the order of what they write, a thread mostly reads what it wrote itself,
+//! which its own caches hold (cores of one machine need not have a cache in common). Whoever is
+//! done takes tasks from the end of the largest share that is left. A step ends when its tasks are
+//! done, not when every worker has noticed: where another process has taken a core away, the
+//! others do the work and nobody waits for the thread that is not running. Threads beyond the
+//! machine's cores are left asleep: they could only take turns with the others.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -29,12 +32,63 @@ pub struct Pool {
     running: Mutex<()>,
 }
 
+/// The tasks of a step that a thread has left. Alone on its cache lines.
+#[derive(Default)]
+#[repr(align(128))]
+struct Share(AtomicU64);
+
+/// What is in a [`Share`]: the step's epoch (its last bits), the first task and the end, so that all
+/// change at once.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Left {
+    epoch: u32,
+    start: u64,
+    end: u64,
+}
+
+impl Left {
+    const TASK_BITS: u32 = 20;
+    /// Most tasks that are told apart.
+    const MOST: usize = (1 << Self::TASK_BITS) - 1;
+    const EPOCHS: u32 = u32::MAX >> (2 * Self::TASK_BITS - 32);
+
+    fn new(epoch: u32, tasks: std::ops::Range<usize>) -> Self {
+        Self {
+            epoch: epoch & Self::EPOCHS,
+            start: tasks.start as u64,
+            end: tasks.end as u64,
+        }
+    }
+
+    fn pack(self) -> u64 {
+        (u64::from(self.epoch) << Self::TASK_BITS | self.start) << Self::TASK_BITS | self.end
+    }
+
+    fn unpack(word: u64) -> Self {
+        let mask = Self::MOST as u64;
+        Self {
+            epoch: (word >> (2 * Self::TASK_BITS)) as u32,
+            start: word >> Self::TASK_BITS & mask,
+            end: word & mask,
+        }
+    }
+
+    /// Tasks that are left of that step.
+    fn len(self, epoch: u32) -> u64 {
+        if self.epoch == epoch & Self::EPOCHS {
+            self.end - self.start
+        } else {
+            0
+        }
+    }
+}
+
 #[derive(Default)]
 struct Shared {
-    /// Epoch of the step in the upper half, tasks claimed in the lower.
-    claimed: AtomicU64,
-    /// Tasks of the step.
-    count: AtomicUsize,
+    /// Counts the steps; workers wait for it to change.
+    epoch: AtomicU32,
+    /// By thread; the first is the caller's.
+    shares: Vec<Share>,
     /// Points at the step's [`Task`], on the stack of who runs it.
     task: AtomicPtr<()>,
     done: AtomicUsize,
@@ -49,8 +103,12 @@ struct Shared {
 impl Pool {
     /// Starts `threads - 1` workers.
     pub fn new(threads: usize) -> std::io::Result<Self> {
+        let shared = Shared {
+            shares: (0..threads.max(1)).map(|_| Share::default()).collect(),
+            ..Shared::default()
+        };
         let mut pool = Self {
-            shared: Arc::default(),
+            shared: Arc::new(shared),
             workers: Vec::new(),
             useful: std::thread::available_parallelism().map_or(threads, |cores| cores.get()) - 1,
             running: Mutex::new(()),
@@ -58,7 +116,7 @@ impl Pool {
         for index in 1..threads {
             let shared = pool.shared.clone();
             let builder = std::thread::Builder::new().name(format!("plan-{index}"));
-            pool.workers.push(builder.spawn(move || shared.work())?);
+            pool.workers.push(builder.spawn(move || shared.work(index))?);
         }
         Ok(pool)
     }
@@ -90,30 +148,38 @@ impl Pool {
             (0..count).for_each(task);
             return;
         }
+        if count > Left::MOST {
+            // Several at a time.
+            let each = count.div_ceil(Left::MOST);
+            return self.start(count.div_ceil(each), &|part| {
+                (part * each..((part + 1) * each).min(count)).for_each(&task);
+            });
+        }
+        self.start(count, &task);
+    }
+
+    fn start(&self, count: usize, task: Task) {
         let _running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*self.shared;
-        let task: Task = &task;
-        // First an epoch in which nothing can be claimed: a late worker of the last step must not
-        // claim with the count and the task of this one, which are set next.
-        let closed = shared.epoch().wrapping_add(1);
-        let nothing_left = u64::from(u32::MAX);
-        shared
-            .claimed
-            .store(u64::from(closed) << 32 | nothing_left, Ordering::Release);
         shared.done.store(0, Ordering::Release);
-        shared.count.store(count, Ordering::Release);
         let pointer = std::ptr::from_ref(&task).cast_mut().cast();
         shared.task.store(pointer, Ordering::Release);
-        let epoch = closed.wrapping_add(1);
-        shared
-            .claimed
-            .store(u64::from(epoch) << 32, Ordering::Release);
+        // Shares of the last step are empty, so that nothing is claimed until they are set; a late
+        // worker of that step finds another epoch in them.
+        let epoch = shared.epoch.load(Ordering::Relaxed).wrapping_add(1);
+        let threads = shared.shares.len();
+        let bound = |thread: usize| count * thread / threads;
+        for (thread, share) in shared.shares.iter().enumerate() {
+            let left = Left::new(epoch, bound(thread)..bound(thread + 1));
+            share.0.store(left.pack(), Ordering::Release);
+        }
+        shared.epoch.store(epoch, Ordering::Release);
         let sleeping = *lock(&shared.sleeping);
         let awake = self.workers.len() - sleeping;
         for _ in awake..self.useful.min(count - 1).min(self.workers.len()) {
             shared.wake.notify_one();
         }
-        shared.take_part(epoch);
+        shared.take_part(0, epoch);
         let mut spins = 0;
         while shared.done.load(Ordering::Acquire) < count {
             spins += 1;
@@ -147,16 +213,16 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Shared {
-    fn work(&self) {
+    fn work(&self, thread: usize) {
         let mut seen = 0;
         while let Some(epoch) = self.wait_for_step(seen) {
-            self.take_part(epoch);
+            self.take_part(thread, epoch);
             seen = epoch;
         }
     }
 
     fn epoch(&self) -> u32 {
-        (self.claimed.load(Ordering::Acquire) >> 32) as u32
+        self.epoch.load(Ordering::Acquire)
     }
 
     /// The next step after `seen`; None when the pool ends.
@@ -184,34 +250,47 @@ impl Shared {
     }
 
     /// Claims and does tasks of the step until none is left or the step is over.
-    fn take_part(&self, epoch: u32) {
-        let count = self.count.load(Ordering::Acquire);
-        let task = self.task.load(Ordering::Acquire).cast::<Task>();
-        loop {
-            let claim = self.claimed.load(Ordering::Acquire);
-            let index = (claim & u64::from(u32::MAX)) as usize;
-            if (claim >> 32) as u32 != epoch || index >= count {
-                return;
-            }
-            let next = claim + 1;
-            let exchanged = self.claimed.compare_exchange_weak(
-                claim,
-                next,
-                Ordering::AcqRel,
-                Ordering::Relaxed,
-            );
-            if exchanged.is_err() {
-                continue;
-            }
+    fn take_part(&self, thread: usize, epoch: u32) {
+        while let Some(index) = self.claim(thread, epoch) {
             // SAFETY: the claim succeeded within the epoch, so the step is not over until this
             // task is counted as done, and whoever runs it keeps the task on its stack until
-            // then. `count` and `task` were read after the epoch was seen; had they been those of
-            // a later step, the epoch would have been closed before, and the claim have failed.
-            let task = unsafe { *task };
+            // then. It was set before the shares of the epoch were.
+            let task = unsafe { *self.task.load(Ordering::Acquire).cast::<Task>() };
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(index))) {
                 lock(&self.panic).get_or_insert(panic);
             }
             self.done.fetch_add(1, Ordering::Release);
+        }
+    }
+
+    /// The first task of the thread's own share, or the last of the largest.
+    fn claim(&self, thread: usize, epoch: u32) -> Option<usize> {
+        let look = |share: &Share| Left::unpack(share.0.load(Ordering::Acquire));
+        let exchange = |share: &Share, old: Left, new: Left| {
+            let (old, new) = (old.pack(), new.pack());
+            share
+                .0
+                .compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok()
+        };
+        loop {
+            let (own, left) = (&self.shares[thread], look(&self.shares[thread]));
+            if left.len(epoch) > 0 {
+                let start = left.start + 1;
+                if exchange(own, left, Left { start, ..left }) {
+                    return Some(left.start as usize);
+                }
+                continue;
+            }
+            let others = self.shares.iter().map(|share| (share, look(share)));
+            let (share, left) = others.max_by_key(|(_, left)| left.len(epoch))?;
+            if left.len(epoch) == 0 {
+                return None;
+            }
+            let end = left.end - 1;
+            if exchange(share, left, Left { end, ..left }) {
+                return Some(end as usize);
+            }
         }
     }
 }
@@ -233,6 +312,19 @@ mod tests {
                 assert!(runs.iter().all(|r| r.load(Ordering::Relaxed) == 1));
             }
         }
+    }
+
+    #[test]
+    fn more_tasks_than_a_share_tells_apart() {
+        let pool = Pool::new(3).unwrap();
+        let count = 2 * Left::MOST + 7;
+        let (runs, sum) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        pool.run(count, |i| {
+            runs.fetch_add(1, Ordering::Relaxed);
+            sum.fetch_add(i, Ordering::Relaxed);
+        });
+        assert_eq!(runs.into_inner(), count);
+        assert_eq!(sum.into_inner(), count * (count - 1) / 2);
     }
 
     #[test]

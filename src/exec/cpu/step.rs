@@ -137,8 +137,10 @@ thread_local! {
 const TASKS: usize = 8;
 /// Left-side values of a product's task: they stay in the second-level cache while panels pass.
 const BLOCK_VALUES: usize = 48 << 10;
-/// Scratch values for a chunk of Winograd tiles.
-const CHUNK_VALUES: usize = 1 << 20;
+/// Scratch values of the Winograd tiles that a worker has in hand: they stay in its second-level cache.
+const WORKER_VALUES: usize = 160 << 10;
+/// Winograd tiles that a worker takes at least, as weights are read again for each lot of them.
+const WORKER_TILES: usize = 24;
 
 impl Kind {
     /// What it is, for a list of timings.
@@ -535,46 +537,88 @@ impl Run<'_> {
     }
 
     fn winograd(&self, conv: &Winograd, store: &Store, scratch: &mut Buffer) {
-        let Self {
-            inputs,
-            output,
-            count,
-            ..
-        } = *self;
-        let tiles = count * conv.tiles(output.layout.dims);
+        let tiles = self.count * conv.tiles(self.output.layout.dims);
+        let workers = self.threads.threads();
+        if tiles >= workers * WORKER_TILES {
+            self.winograd_by_tiles(conv, store, scratch, tiles, workers);
+        } else {
+            self.winograd_by_frequencies(conv, store, scratch, tiles);
+        }
+    }
+
+    /// Every worker takes tiles through all three phases: what lies between them stays in its cache.
+    fn winograd_by_tiles(
+        &self,
+        conv: &Winograd,
+        store: &Store,
+        scratch: &mut Buffer,
+        tiles: usize,
+        workers: usize,
+    ) {
         let [inputs_each, outputs_each] = conv.scratch_per_tile();
-        let chunk = (CHUNK_VALUES / (inputs_each + outputs_each)).clamp(24, tiles.max(24));
-        scratch.reserve(chunk * (inputs_each + outputs_each));
-        let values = scratch.write(0..chunk * (inputs_each + outputs_each));
-        let (transformed, products) = values.split_at_mut(chunk * inputs_each);
+        let most = (WORKER_VALUES / (inputs_each + outputs_each)).max(WORKER_TILES);
+        // No two workers write to one cache line.
+        let each = (most * (inputs_each + outputs_each)).next_multiple_of(64);
+        scratch.reserve(workers * each);
+        let memory = Memory(scratch.write(0..workers * each).as_mut_ptr());
+        let shares = Shares::new(tiles, workers);
+        self.tasks(workers, |index| {
+            SCRATCH.with_borrow_mut(|Scratch { rows, .. }| {
+                // SAFETY: the kernels' contract, see `Step::run`; each worker has its own part of
+                // the memory, and tiles that no other worker gets.
+                unsafe {
+                    let scratch = winograd::Scratch {
+                        transformed: memory.at(index * each),
+                        products: memory.at(index * each + most * inputs_each),
+                        tiles: most,
+                    };
+                    while let Some(part) = shares.next(index, most, tiles) {
+                        let start = part.start;
+                        conv.transform(&self.inputs[0], &scratch, start, part.clone());
+                        for frequency in 0..conv.frequencies() {
+                            conv.multiply(&scratch, frequency, part.len(), rows);
+                        }
+                        let (residual, epilogue) = (self.inputs.get(1), store.epilogue());
+                        conv.finish(&self.output, residual, epilogue, &scratch, start, part);
+                    }
+                }
+            });
+        });
+    }
+
+    /// All tiles are transformed, then each product is one worker's: weights are read only once.
+    fn winograd_by_frequencies(
+        &self,
+        conv: &Winograd,
+        store: &Store,
+        scratch: &mut Buffer,
+        tiles: usize,
+    ) {
+        let Self { inputs, output, .. } = *self;
+        let [inputs_each, outputs_each] = conv.scratch_per_tile();
+        scratch.reserve(tiles * (inputs_each + outputs_each));
+        let values = scratch.write(0..tiles * (inputs_each + outputs_each));
+        let (transformed, products) = values.split_at_mut(tiles * inputs_each);
         let scratch = winograd::Scratch {
             transformed: transformed.as_mut_ptr(),
             products: products.as_mut_ptr(),
-            tiles: chunk,
+            tiles,
         };
-        for start in (0..tiles).step_by(chunk) {
-            let end = (start + chunk).min(tiles);
-            let block = (end - start).div_ceil(TASKS);
-            let blocks = (end - start).div_ceil(block);
-            let part = |task: usize| start + task * block..(start + (task + 1) * block).min(end);
-            // SAFETY: the kernels' contract, see `Step::run`; a phase ends before the next.
-            self.threads.run(blocks, |task| unsafe {
-                conv.transform(&inputs[0], &scratch, start, part(task));
+        let block = tiles.div_ceil(TASKS);
+        let blocks = tiles.div_ceil(block);
+        let part = |task: usize| task * block..((task + 1) * block).min(tiles);
+        // SAFETY: the kernels' contract, see `Step::run`; a phase ends before the next.
+        self.threads.run(blocks, |task| unsafe {
+            conv.transform(&inputs[0], &scratch, 0, part(task));
+        });
+        self.threads.run(conv.frequencies(), |frequency| {
+            SCRATCH.with_borrow_mut(|Scratch { rows, .. }| unsafe {
+                conv.multiply(&scratch, frequency, tiles, rows);
             });
-            self.threads.run(conv.frequencies(), |frequency| {
-                SCRATCH.with_borrow_mut(|Scratch { rows, .. }| unsafe {
-                    conv.multiply(&scratch, frequency, end - start, rows);
-                });
-            });
-            let finish = |task| unsafe {
-                let (residual, epilogue) = (inputs.get(1), store.epilogue());
-                conv.finish(&output, residual, epilogue, &scratch, start, part(task));
-            };
-            if end == tiles {
-                self.tasks(blocks, finish);
-            } else {
-                self.threads.run(blocks, finish);
-            }
-        }
+        });
+        self.tasks(blocks, |task| unsafe {
+            let (residual, epilogue) = (inputs.get(1), store.epilogue());
+            conv.finish(&output, residual, epilogue, &scratch, 0, part(task));
+        });
     }
 }
