@@ -37,12 +37,21 @@ impl GroupedStrip {
     /// Whether this machine's vectors and these channels are served.
     pub fn fits(isa: Isa, window: &Window, channels: usize, groups: usize) -> bool {
         let width = channels / groups;
-        let lanes = isa.lanes();
+        let lanes = Self::isa(isa, width).lanes();
         matches!(width, 8 | 16)
             && channels == groups * width
             && (1..=2).contains(&window.stride)
             && lanes > 1
             && (width == lanes || width == 2 * lanes)
+    }
+
+    /// Vectors that a group fills.
+    fn isa(isa: Isa, width: usize) -> Isa {
+        if isa.lanes() > width {
+            isa.narrower()
+        } else {
+            isa
+        }
     }
 
     /// Packs weights; `weight(output, input of its group, tap)`.
@@ -65,7 +74,7 @@ impl GroupedStrip {
             }
         }
         Self {
-            isa,
+            isa: Self::isa(isa, width),
             window,
             width,
             weights,

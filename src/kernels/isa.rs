@@ -49,6 +49,28 @@ impl Isa {
         }
     }
 
+    /// The same with vectors of half the size, where there are such: sixteen values to eight.
+    pub fn narrower(self) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if let (16, Some(simd)) = (self.lanes(), self.avx2()) {
+            let arch = Arch::V3(simd);
+            return Self { arch };
+        }
+        self
+    }
+
+    /// For a product of so many columns: narrower vectors, where the widest would be padded by more
+    /// than a tenth of the columns (24 are a vector and a half of sixteen).
+    pub fn for_columns(self, columns: usize) -> Self {
+        let narrower = self.narrower();
+        let padded = |isa: Self| columns.next_multiple_of(isa.lanes());
+        if padded(self) > padded(narrower) + columns / 10 {
+            narrower
+        } else {
+            self
+        }
+    }
+
     /// Values in a vector.
     pub fn lanes(self) -> usize {
         struct Lanes;

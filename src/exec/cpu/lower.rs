@@ -344,6 +344,7 @@ impl<'a> Lowering<'a> {
             border = window.border(input_dims, output_dims);
             let (ins, outs) = (c.in_channels / c.groups, c.out_channels / c.groups);
             let (area, depth) = (kh * kw, kh * kw * ins);
+            let isa = isa.for_columns(outs);
             let groups = (0..c.groups).map(|_| Packed::unfilled(isa, depth, outs));
             let groups: Vec<Packed> = groups.collect();
             let later: Vec<Packed> = groups.iter().map(Packed::share).collect();
@@ -418,7 +419,8 @@ impl<'a> Lowering<'a> {
             stride: 1,
             before: [0, 0],
         };
-        let packed = Packed::unfilled(self.options.isa, inputs, scale.len());
+        let isa = self.options.isa.for_columns(scale.len());
+        let packed = Packed::unfilled(isa, inputs, scale.len());
         let later = packed.share();
         self.later(weight, move |slab, weight| {
             later.store(slab, weight, [inputs, 1], &scale);
