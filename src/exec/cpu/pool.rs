@@ -12,7 +12,7 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -32,66 +32,93 @@ pub struct Pool {
     running: Mutex<()>,
 }
 
-/// The tasks of a step that a thread has left. Alone on its cache lines.
+/// Alone on its cache lines: cores hand lines to each other, and each time costs some of the
+/// microsecond.
 #[derive(Default)]
 #[repr(align(128))]
-struct Share(AtomicU64);
+struct Line<T>(T);
 
-/// What is in a [`Share`]: the step's epoch (its last bits), the first task and the end, so that all
-/// change at once.
+/// The step at hand, as one word.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct StepWord {
+    /// Counts the steps, see [`Left`].
+    epoch: u32,
+    /// Tasks.
+    count: usize,
+}
+
+/// The tasks that a thread has left, as one word that changes at once: the step's epoch, the first
+/// task and the end. A share of an earlier step is as good as the thread's whole share of this one:
+/// whoever takes from it first makes it so. Thus a share stays in the cache of its thread as long as
+/// nobody else takes from it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Left {
     epoch: u32,
-    start: u64,
-    end: u64,
+    start: usize,
+    end: usize,
 }
 
-impl Left {
-    const TASK_BITS: u32 = 20;
-    /// Most tasks that are told apart.
-    const MOST: usize = (1 << Self::TASK_BITS) - 1;
-    const EPOCHS: u32 = u32::MAX >> (2 * Self::TASK_BITS - 32);
+/// For the number of a task; the rest of a word is the epoch's.
+const TASK_BITS: u32 = 20;
+/// Most tasks that are told apart.
+const MOST_TASKS: usize = (1 << TASK_BITS) - 1;
+const EPOCHS: u32 = u32::MAX >> (2 * TASK_BITS - 32);
 
-    fn new(epoch: u32, tasks: std::ops::Range<usize>) -> Self {
-        Self {
-            epoch: epoch & Self::EPOCHS,
-            start: tasks.start as u64,
-            end: tasks.end as u64,
-        }
-    }
-
+impl StepWord {
     fn pack(self) -> u64 {
-        (u64::from(self.epoch) << Self::TASK_BITS | self.start) << Self::TASK_BITS | self.end
+        u64::from(self.epoch) << TASK_BITS | self.count as u64
     }
 
     fn unpack(word: u64) -> Self {
-        let mask = Self::MOST as u64;
         Self {
-            epoch: (word >> (2 * Self::TASK_BITS)) as u32,
-            start: word >> Self::TASK_BITS & mask,
-            end: word & mask,
+            epoch: (word >> TASK_BITS) as u32,
+            count: word as usize & MOST_TASKS,
         }
     }
 
-    /// Tasks that are left of that step.
-    fn len(self, epoch: u32) -> u64 {
-        if self.epoch == epoch & Self::EPOCHS {
-            self.end - self.start
-        } else {
-            0
+    /// What a thread of so many has left of this step, given its share's word; None where the word is
+    /// of a later step, so that this one is over.
+    fn left(self, word: u64, thread: usize, threads: usize) -> Option<Left> {
+        let left = Left::unpack(word);
+        let ahead = left.epoch.wrapping_sub(self.epoch) & EPOCHS;
+        if ahead == 0 {
+            return Some(left);
         }
+        let bound = |thread: usize| self.count * thread / threads;
+        (ahead > EPOCHS / 2).then(|| Left {
+            epoch: self.epoch,
+            start: bound(thread),
+            end: bound(thread + 1),
+        })
+    }
+}
+
+impl Left {
+    fn pack(self) -> u64 {
+        let Self { epoch, start, end } = self;
+        (u64::from(epoch) << TASK_BITS | start as u64) << TASK_BITS | end as u64
+    }
+
+    fn unpack(word: u64) -> Self {
+        Self {
+            epoch: (word >> (2 * TASK_BITS)) as u32,
+            start: (word >> TASK_BITS) as usize & MOST_TASKS,
+            end: word as usize & MOST_TASKS,
+        }
+    }
+
+    fn len(self) -> usize {
+        self.end - self.start
     }
 }
 
 #[derive(Default)]
 struct Shared {
-    /// Counts the steps; workers wait for it to change.
-    epoch: AtomicU32,
-    /// By thread; the first is the caller's.
-    shares: Vec<Share>,
-    /// Points at the step's [`Task`], on the stack of who runs it.
-    task: AtomicPtr<()>,
-    done: AtomicUsize,
+    step: Line<Current>,
+    /// Tasks that are done.
+    done: Line<AtomicUsize>,
+    /// [`Left`] by thread; the first is the caller's.
+    shares: Vec<Line<AtomicU64>>,
     /// A task's panic, to go on with on the calling thread.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     stop: AtomicBool,
@@ -100,11 +127,19 @@ struct Shared {
     wake: Condvar,
 }
 
+#[derive(Default)]
+struct Current {
+    /// A [`StepWord`]; workers wait for it to change.
+    word: AtomicU64,
+    /// Points at the step's [`Task`], on the stack of who runs it.
+    task: AtomicPtr<()>,
+}
+
 impl Pool {
     /// Starts `threads - 1` workers.
     pub fn new(threads: usize) -> std::io::Result<Self> {
         let shared = Shared {
-            shares: (0..threads.max(1)).map(|_| Share::default()).collect(),
+            shares: (0..threads.max(1)).map(|_| Line::default()).collect(),
             ..Shared::default()
         };
         let mut pool = Self {
@@ -148,9 +183,9 @@ impl Pool {
             (0..count).for_each(task);
             return;
         }
-        if count > Left::MOST {
+        if count > MOST_TASKS {
             // Several at a time.
-            let each = count.div_ceil(Left::MOST);
+            let each = count.div_ceil(MOST_TASKS);
             return self.start(count.div_ceil(each), &|part| {
                 (part * each..((part + 1) * each).min(count)).for_each(&task);
             });
@@ -161,27 +196,20 @@ impl Pool {
     fn start(&self, count: usize, task: Task) {
         let _running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*self.shared;
-        shared.done.store(0, Ordering::Release);
+        shared.done.0.store(0, Ordering::Release);
         let pointer = std::ptr::from_ref(&task).cast_mut().cast();
-        shared.task.store(pointer, Ordering::Release);
-        // Shares of the last step are empty, so that nothing is claimed until they are set; a late
-        // worker of that step finds another epoch in them.
-        let epoch = shared.epoch.load(Ordering::Relaxed).wrapping_add(1);
-        let threads = shared.shares.len();
-        let bound = |thread: usize| count * thread / threads;
-        for (thread, share) in shared.shares.iter().enumerate() {
-            let left = Left::new(epoch, bound(thread)..bound(thread + 1));
-            share.0.store(left.pack(), Ordering::Release);
-        }
-        shared.epoch.store(epoch, Ordering::Release);
+        shared.step.0.task.store(pointer, Ordering::Release);
+        let epoch = shared.current().epoch.wrapping_add(1) & EPOCHS;
+        let step = StepWord { epoch, count };
+        shared.step.0.word.store(step.pack(), Ordering::Release);
         let sleeping = *lock(&shared.sleeping);
         let awake = self.workers.len() - sleeping;
         for _ in awake..self.useful.min(count - 1).min(self.workers.len()) {
             shared.wake.notify_one();
         }
-        shared.take_part(0, epoch);
+        shared.take_part(0, step);
         let mut spins = 0;
-        while shared.done.load(Ordering::Acquire) < count {
+        while shared.done.0.load(Ordering::Acquire) < count {
             spins += 1;
             if spins < SPINS {
                 std::hint::spin_loop();
@@ -214,20 +242,20 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl Shared {
     fn work(&self, thread: usize) {
-        let mut seen = 0;
-        while let Some(epoch) = self.wait_for_step(seen) {
-            self.take_part(thread, epoch);
-            seen = epoch;
+        let mut seen = StepWord::unpack(0);
+        while let Some(step) = self.wait_for_step(seen) {
+            self.take_part(thread, step);
+            seen = step;
         }
     }
 
-    fn epoch(&self) -> u32 {
-        self.epoch.load(Ordering::Acquire)
+    fn current(&self) -> StepWord {
+        StepWord::unpack(self.step.0.word.load(Ordering::Acquire))
     }
 
     /// The next step after `seen`; None when the pool ends.
-    fn wait_for_step(&self, seen: u32) -> Option<u32> {
-        let ready = || self.epoch() != seen || self.stop.load(Ordering::Acquire);
+    fn wait_for_step(&self, seen: StepWord) -> Option<StepWord> {
+        let ready = || self.current() != seen || self.stop.load(Ordering::Acquire);
         for _ in 0..SPINS {
             if ready() {
                 break;
@@ -245,51 +273,64 @@ impl Shared {
             }
             *sleeping -= 1;
         }
-        let epoch = self.epoch();
-        (!self.stop.load(Ordering::Acquire) && epoch != seen).then_some(epoch)
+        let step = self.current();
+        (!self.stop.load(Ordering::Acquire) && step != seen).then_some(step)
     }
 
     /// Claims and does tasks of the step until none is left or the step is over.
-    fn take_part(&self, thread: usize, epoch: u32) {
-        while let Some(index) = self.claim(thread, epoch) {
-            // SAFETY: the claim succeeded within the epoch, so the step is not over until this
-            // task is counted as done, and whoever runs it keeps the task on its stack until
-            // then. It was set before the shares of the epoch were.
-            let task = unsafe { *self.task.load(Ordering::Acquire).cast::<Task>() };
+    fn take_part(&self, thread: usize, step: StepWord) {
+        let mut done = 0;
+        while let Some(index) = self.claim(thread, step) {
+            // SAFETY: the claim succeeded, so the step is not over until this task is counted as
+            // done, and whoever runs it keeps the task on its stack until then.
+            let task = unsafe { *self.step.0.task.load(Ordering::Acquire).cast::<Task>() };
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(index))) {
                 lock(&self.panic).get_or_insert(panic);
             }
-            self.done.fetch_add(1, Ordering::Release);
+            done += 1;
+        }
+        if done > 0 {
+            self.done.0.fetch_add(done, Ordering::Release);
         }
     }
 
-    /// The first task of the thread's own share, or the last of the largest.
-    fn claim(&self, thread: usize, epoch: u32) -> Option<usize> {
-        let look = |share: &Share| Left::unpack(share.0.load(Ordering::Acquire));
-        let exchange = |share: &Share, old: Left, new: Left| {
-            let (old, new) = (old.pack(), new.pack());
+    /// The first task of the thread's own share, or the last of the largest that is left.
+    ///
+    /// A claim never succeeds when the step is over: then every share that has tasks in it is a word of
+    /// this step, with nothing left, or of a later one.
+    fn claim(&self, thread: usize, step: StepWord) -> Option<usize> {
+        let threads = self.shares.len();
+        let look = |thread: usize| {
+            let share = &self.shares[thread].0;
+            let word = share.load(Ordering::Acquire);
+            Some((share, word, step.left(word, thread, threads)?))
+        };
+        let exchange = |share: &AtomicU64, old: u64, new: Left| {
+            let (done, failed) = (Ordering::AcqRel, Ordering::Relaxed);
             share
-                .0
-                .compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed)
+                .compare_exchange(old, new.pack(), done, failed)
                 .is_ok()
         };
         loop {
-            let (own, left) = (&self.shares[thread], look(&self.shares[thread]));
-            if left.len(epoch) > 0 {
+            let (share, word, left) = look(thread)?;
+            if left.len() > 0 {
                 let start = left.start + 1;
-                if exchange(own, left, Left { start, ..left }) {
-                    return Some(left.start as usize);
+                if exchange(share, word, Left { start, ..left }) {
+                    return Some(left.start);
                 }
                 continue;
             }
-            let others = self.shares.iter().map(|share| (share, look(share)));
-            let (share, left) = others.max_by_key(|(_, left)| left.len(epoch))?;
-            if left.len(epoch) == 0 {
-                return None;
+            let mut largest = None;
+            for other in (0..threads).filter(|&other| other != thread) {
+                let found = look(other)?;
+                if found.2.len() > largest.map_or(0, |(_, _, left): (_, _, Left)| left.len()) {
+                    largest = Some(found);
+                }
             }
+            let (share, word, left) = largest?;
             let end = left.end - 1;
-            if exchange(share, left, Left { end, ..left }) {
-                return Some(end as usize);
+            if exchange(share, word, Left { end, ..left }) {
+                return Some(end);
             }
         }
     }
@@ -317,7 +358,7 @@ mod tests {
     #[test]
     fn more_tasks_than_a_share_tells_apart() {
         let pool = Pool::new(3).unwrap();
-        let count = 2 * Left::MOST + 7;
+        let count = 2 * MOST_TASKS + 7;
         let (runs, sum) = (AtomicUsize::new(0), AtomicUsize::new(0));
         pool.run(count, |i| {
             runs.fetch_add(1, Ordering::Relaxed);
