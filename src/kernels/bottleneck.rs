@@ -281,6 +281,8 @@ impl<'a> Worker<'a> {
                     },
                     residual: None,
                     width: block.size[1],
+                    // Lines of the ring are near.
+                    below: block.expand.is_none().then(|| input.layout.row_stride()),
                 };
                 conv.line(line, store.epilogue());
             }

@@ -11,7 +11,7 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::gemm::Epilogue;
-use super::isa::{Isa, load, store};
+use super::isa::{Isa, load, prefetch, prefetch_far, store};
 use super::{Source, Target, Window, elementwise};
 
 /// Columns of a tile.
@@ -36,6 +36,9 @@ pub(super) struct Line<'a> {
     pub residual: Option<*const f32>,
     /// Pixels.
     pub width: usize,
+    /// Values to the line below the windows, where that is likely to be far from the core: it is
+    /// asked for, since the next line of output will read it.
+    pub below: Option<usize>,
 }
 
 impl Depthwise {
@@ -68,6 +71,7 @@ impl Depthwise {
                     output: output.image(image).add(output.layout.offset(y, 0)),
                     residual: residual.map(|r| r.image(image).add(r.layout.offset(y, 0))),
                     width: output.layout.dims.w,
+                    below: None,
                 };
                 self.line(line, epilogue);
             }
@@ -181,6 +185,19 @@ impl Work<'_> {
         let step = stride * channels;
         // SAFETY: the windows of the tile's pixels lie behind the line's inputs.
         unsafe {
+            if let (Some(below), Some(last)) = (self.line.below, self.line.inputs.last()) {
+                // A vector is a line of the cache or half of one, columns are far apart: the
+                // processor does not foresee so many streams.
+                for row in 1..=stride {
+                    let row = last.wrapping_add(row * below + x * step + c);
+                    for column in 0..N * stride {
+                        prefetch_far(row.wrapping_add(column * channels));
+                    }
+                }
+                for n in 0..N {
+                    prefetch(self.line.output.wrapping_add((x + n) * channels + c), 1);
+                }
+            }
             let bias = load::<S>(self.epilogue.bias.as_ptr().add(c));
             let mut sums = [bias; N];
             let mut weight = self.conv.weights.as_ptr().add(c);

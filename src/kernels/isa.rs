@@ -118,3 +118,16 @@ pub(super) fn prefetch(at: *const f32, count: usize) {
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (at, count);
 }
+
+/// Asks for one cache line, to lie in the second-level cache. Only a hint, as [`prefetch`].
+#[inline(always)]
+pub(super) fn prefetch_far(at: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: it is part of every x86-64, and does not read.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
