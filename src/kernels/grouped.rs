@@ -1,9 +1,10 @@
-//! Convolutions with four channels a group, as the first stage of ResNeXt has them: too few to
-//! fill a vector of a product's columns, so two groups share one.
+//! Convolutions with four or eight channels a group, as the first stages of ResNeXt have them: too
+//! few to fill a vector of a product's columns, so groups share one.
 //!
-//! A vector holds eight channels of a pixel, two groups. Output channel o of a group is the sum
-//! over its four inputs i of `in[i] · w[o][i]`: each input is spread over its group's half of a
-//! vector, and one multiplication serves both groups. On x86 only; elsewhere groups are products.
+//! A vector holds eight or sixteen channels of a pixel, two or four groups. Output channel o of a
+//! group is the sum over its inputs i of `in[i] · w[o][i]`: each input is spread over its group's
+//! part of a vector, and one multiplication serves all groups. On x86 only, four channels with AVX2
+//! and eight with AVX-512; elsewhere groups are strips or products.
 
 use std::ops::Range;
 
@@ -11,46 +12,65 @@ use super::gemm::Epilogue;
 use super::isa::Isa;
 use super::{Source, Target, Window};
 
-/// Channels of a group.
-pub const GROUP: usize = 4;
-/// Values of a vector.
-const LANES: usize = 8;
-
-/// A convolution with groups of four inputs and outputs.
+/// A convolution with groups of as many inputs as outputs.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub struct Grouped {
     isa: Isa,
     window: Window,
-    /// `[C / 8, kernel height, kernel width, input of a group, 8 outputs]`
+    /// Channels of a group: four or eight.
+    width: usize,
+    /// `[C / lanes, kernel height, kernel width, input of a group, lanes outputs]`
     weights: Vec<f32>,
 }
 
 impl Grouped {
     /// Whether this machine and these channels are served.
     pub fn fits(isa: Isa, channels: usize, groups: usize) -> bool {
-        isa.has_avx2() && channels == groups * GROUP && channels.is_multiple_of(LANES)
+        let width = channels / groups;
+        let isa = Self::isa(isa, channels);
+        let served = match isa.lanes() {
+            8 => width == 4,
+            16 => width == 4 || width == 8,
+            _ => false,
+        };
+        isa.has_avx2()
+            && served
+            && channels == groups * width
+            && channels.is_multiple_of(isa.lanes())
+    }
+
+    /// Vectors that the channels fill.
+    fn isa(isa: Isa, channels: usize) -> Isa {
+        if channels.is_multiple_of(isa.lanes()) {
+            isa
+        } else {
+            isa.narrower()
+        }
     }
 
     /// Packs weights; `weight(output, input of its group, tap)`.
     pub fn new(
         isa: Isa,
         window: Window,
-        channels: usize,
+        [channels, groups]: [usize; 2],
         weight: impl Fn(usize, usize, usize) -> f32,
     ) -> Self {
-        assert!(Self::fits(isa, channels, channels / GROUP));
+        assert!(Self::fits(isa, channels, groups));
+        let isa = Self::isa(isa, channels);
+        let (width, lanes) = (channels / groups, isa.lanes());
         let taps = window.kernel[0] * window.kernel[1];
-        let mut weights = Vec::with_capacity(channels * GROUP * taps);
-        for first in (0..channels).step_by(LANES) {
+        let mut weights = Vec::with_capacity(channels * width * taps);
+        for first in (0..channels).step_by(lanes) {
             for tap in 0..taps {
-                for i in 0..GROUP {
-                    weights.extend((first..first + LANES).map(|o| weight(o, i, tap)));
+                for i in 0..width {
+                    weights.extend((first..first + lanes).map(|o| weight(o, i, tap)));
                 }
             }
         }
         Self {
             isa,
             window,
+            width,
             weights,
         }
     }
@@ -71,19 +91,22 @@ impl Grouped {
     ) {
         assert_eq!(epilogue.bias.len(), output.layout.dims.c);
         #[cfg(target_arch = "x86_64")]
-        if let Some(simd) = self.isa.avx2() {
+        {
             let rows = x86::Rows {
-                simd,
                 conv: self,
                 input,
                 output,
                 residual,
                 epilogue,
                 image,
-                rows,
+                rows: rows.clone(),
             };
-            pulp::Simd::vectorize(simd, rows);
-            return;
+            if let Some(simd) = self.isa.avx512() {
+                return pulp::Simd::vectorize(simd, x86::Work { simd, rows });
+            }
+            if let Some(simd) = self.isa.avx2() {
+                return pulp::Simd::vectorize(simd, x86::Work { simd, rows });
+            }
         }
         let _ = (input, residual, image, rows);
         unreachable!("`Grouped::fits` was asked before");
@@ -92,20 +115,20 @@ impl Grouped {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use std::arch::x86_64::__m256;
     use std::ops::Range;
 
-    use pulp::{NullaryFnOnce, cast, x86::V3};
+    use pulp::x86::{V3, V4};
+    use pulp::{NullaryFnOnce, Simd, cast};
 
-    use super::{GROUP, Grouped, LANES};
+    use super::Grouped;
     use crate::kernels::gemm::Epilogue;
+    use crate::kernels::isa::{load, store};
     use crate::kernels::{Source, Target, elementwise};
 
     /// Columns of a tile.
     const COLUMNS: usize = 7;
 
     pub(super) struct Rows<'a> {
-        pub simd: V3,
         pub conv: &'a Grouped,
         pub input: &'a Source,
         pub output: &'a Target,
@@ -115,11 +138,61 @@ mod x86 {
         pub rows: Range<usize>,
     }
 
-    impl NullaryFnOnce for Rows<'_> {
+    pub(super) struct Work<'a, S> {
+        pub simd: S,
+        pub rows: Rows<'a>,
+    }
+
+    /// Vectors that hold several groups.
+    pub(super) trait Groups: Simd {
+        /// In each group of `WIDTH` values its `input`th one in all places.
+        fn spread<const WIDTH: usize>(self, values: Self::f32s, input: usize) -> Self::f32s;
+    }
+
+    impl Groups for V3 {
+        #[inline(always)]
+        fn spread<const WIDTH: usize>(self, values: Self::f32s, input: usize) -> Self::f32s {
+            let v = cast(values);
+            cast(match input {
+                0 => self.avx._mm256_permute_ps::<0x00>(v),
+                1 => self.avx._mm256_permute_ps::<0x55>(v),
+                2 => self.avx._mm256_permute_ps::<0xaa>(v),
+                _ => self.avx._mm256_permute_ps::<0xff>(v),
+            })
+        }
+    }
+
+    impl Groups for V4 {
+        #[inline(always)]
+        fn spread<const WIDTH: usize>(self, values: Self::f32s, input: usize) -> Self::f32s {
+            let mut places = [0_i32; 16];
+            for (place, from) in places.iter_mut().enumerate() {
+                *from = (place / WIDTH * WIDTH + input) as i32;
+            }
+            let places = cast(places);
+            cast(self.avx512f._mm512_permutexvar_ps(places, cast(values)))
+        }
+    }
+
+    impl<S: Groups> NullaryFnOnce for Work<'_, S> {
         type Output = ();
 
         #[inline(always)]
         fn call(self) {
+            // SAFETY: the contract of `Grouped::rows`.
+            unsafe {
+                match (self.rows.conv.width, S::F32_LANES) {
+                    (4, _) => self.rows.run::<S, 4>(self.simd),
+                    (8, 16) => self.rows.run::<S, 8>(self.simd),
+                    _ => unreachable!("`Grouped::fits` was asked before"),
+                }
+            }
+        }
+    }
+
+    impl Rows<'_> {
+        #[inline(always)]
+        unsafe fn run<S: Groups, const WIDTH: usize>(&self, simd: S) {
             let width = self.output.layout.dims.w;
             for y in self.rows.clone() {
                 let mut x = 0;
@@ -127,23 +200,26 @@ mod x86 {
                     // SAFETY: the contract of `Grouped::rows`; a tile ends with the row.
                     unsafe {
                         if x + COLUMNS <= width {
-                            self.tile::<COLUMNS>(y, x);
+                            self.tile::<S, WIDTH, COLUMNS>(simd, y, x);
                             x += COLUMNS;
                         } else {
-                            self.tile::<1>(y, x);
+                            self.tile::<S, WIDTH, 1>(simd, y, x);
                             x += 1;
                         }
                     }
                 }
             }
         }
-    }
 
-    impl Rows<'_> {
         /// `N` output pixels of a row, all channels.
         #[inline(always)]
-        unsafe fn tile<const N: usize>(&self, y: usize, x: usize) {
-            let avx = self.simd.avx;
+        unsafe fn tile<S: Groups, const WIDTH: usize, const N: usize>(
+            &self,
+            simd: S,
+            y: usize,
+            x: usize,
+        ) {
+            let lanes = S::F32_LANES;
             let [kh, kw] = self.conv.window.kernel;
             let channels = self.output.layout.dims.c;
             let row = self.input.layout.row_stride();
@@ -159,48 +235,39 @@ mod x86 {
                     .residual
                     .map(|r| r.image(self.image).add(r.layout.offset(y, x)));
                 let mut weight = self.conv.weights.as_ptr();
-                for c in (0..channels).step_by(LANES) {
-                    let mut sums = [avx._mm256_setzero_ps(); N];
+                for c in (0..channels).step_by(lanes) {
+                    let mut sums = [simd.splat_f32s(0.0); N];
                     for ky in 0..kh {
                         for kx in 0..kw {
                             let pixel = input.add(ky * row + kx * channels + c);
-                            let w0 = avx._mm256_loadu_ps(weight);
-                            let w1 = avx._mm256_loadu_ps(weight.add(LANES));
-                            let w2 = avx._mm256_loadu_ps(weight.add(2 * LANES));
-                            let w3 = avx._mm256_loadu_ps(weight.add(3 * LANES));
-                            weight = weight.add(GROUP * LANES);
+                            let mut weights = [simd.splat_f32s(0.0); WIDTH];
+                            for w in &mut weights {
+                                *w = load::<S>(weight);
+                                weight = weight.add(lanes);
+                            }
                             for (n, sum) in sums.iter_mut().enumerate() {
-                                let v = avx._mm256_loadu_ps(pixel.add(n * step));
-                                *sum = self.add_product(avx._mm256_permute_ps::<0x00>(v), w0, *sum);
-                                *sum = self.add_product(avx._mm256_permute_ps::<0x55>(v), w1, *sum);
-                                *sum = self.add_product(avx._mm256_permute_ps::<0xaa>(v), w2, *sum);
-                                *sum = self.add_product(avx._mm256_permute_ps::<0xff>(v), w3, *sum);
+                                let v = load::<S>(pixel.add(n * step));
+                                for (i, w) in weights.into_iter().enumerate() {
+                                    let spread = simd.spread::<WIDTH>(v, i);
+                                    *sum = simd.mul_add_e_f32s(spread, w, *sum);
+                                }
                             }
                         }
                     }
-                    let bias = avx._mm256_loadu_ps(self.epilogue.bias.as_ptr().add(c));
+                    let bias = load::<S>(self.epilogue.bias.as_ptr().add(c));
                     for (n, sum) in sums.into_iter().enumerate() {
                         let at = n * channels + c;
-                        let mut value = avx._mm256_add_ps(sum, bias);
+                        let mut value = simd.add_f32s(sum, bias);
                         if let Some(residual) = residual {
-                            let other = avx._mm256_loadu_ps(residual.add(at));
-                            value = avx._mm256_add_ps(value, other);
+                            value = simd.add_f32s(value, load::<S>(residual.add(at)));
                         }
                         if let Some(activation) = self.epilogue.activation {
-                            let vector = cast(value);
-                            let vector =
-                                elementwise::activate_vector(self.simd, activation, vector);
-                            value = cast(vector);
+                            value = elementwise::activate_vector(simd, activation, value);
                         }
-                        avx._mm256_storeu_ps(output.add(at), value);
+                        store::<S>(output.add(at), value);
                     }
                 }
             }
-        }
-
-        #[inline(always)]
-        fn add_product(&self, a: __m256, b: __m256, sum: __m256) -> __m256 {
-            self.simd.fma._mm256_fmadd_ps(a, b, sum)
         }
     }
 }

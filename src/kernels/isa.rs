@@ -49,6 +49,14 @@ impl Isa {
         }
     }
 
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn avx512(self) -> Option<pulp::x86::V4> {
+        match self.arch {
+            Arch::V4(simd) => Some(simd),
+            _ => None,
+        }
+    }
+
     /// The same with vectors of half the size, where there are such: sixteen values to eight.
     pub fn narrower(self) -> Self {
         #[cfg(target_arch = "x86_64")]

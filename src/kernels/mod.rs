@@ -10,7 +10,8 @@
 //! - [`gemm`]: products, that is linear layers, pointwise convolutions, and all others that have
 //!   no kernel of their own.
 //! - [`winograd`]: 3x3 convolutions of stride 1, with fewer multiplications and other digits.
-//! - [`depthwise`]: one channel a group; [`grouped`]: four; [`grouped_strip`]: eight or sixteen.
+//! - [`depthwise`]: one channel a group; [`grouped`]: four or eight; [`grouped_strip`]: eight or
+//!   sixteen.
 //! - [`bottleneck`]: a depthwise convolution with the products around it, line by line.
 //! - [`matrix`]: a matrix that is multiplied from both sides.
 //! - [`attention`], [`norm`], [`pool`], [`elementwise`], [`resample`]: what their names say.

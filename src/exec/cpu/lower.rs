@@ -12,7 +12,7 @@ use crate::graph::{
 use crate::kernels::bottleneck::{Bottleneck, Expansion};
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::{Packed, Store};
-use crate::kernels::grouped::{GROUP, Grouped};
+use crate::kernels::grouped::Grouped;
 use crate::kernels::grouped_strip::GroupedStrip;
 use crate::kernels::memory::Slab;
 use crate::kernels::pool::Reduction;
@@ -315,8 +315,10 @@ impl<'a> Lowering<'a> {
             source = self.materialize(source);
             border = window.border(input_dims, output_dims);
             let weight = self.values(weight)?;
-            let conv = Grouped::new(isa, window, c.in_channels, |o, i, tap| {
-                (f64::from(weight[(o * GROUP + i) * kh * kw + tap]) * scale[o]) as f32
+            let ins = c.in_channels / c.groups;
+            let channels = [c.in_channels, c.groups];
+            let conv = Grouped::new(isa, window, channels, |o, i, tap| {
+                (f64::from(weight[(o * ins + i) * kh * kw + tap]) * scale[o]) as f32
             });
             Kind::Grouped { conv, store }
         } else if c.in_channels == c.out_channels

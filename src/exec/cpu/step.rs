@@ -60,7 +60,7 @@ pub(super) enum Kind {
         conv: Depthwise,
         store: Store,
     },
-    /// Groups of four channels.
+    /// Groups of four channels, or eight.
     Grouped {
         conv: Grouped,
         store: Store,
