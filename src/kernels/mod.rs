@@ -54,6 +54,8 @@ pub mod winograd_training;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
+
 pub use isa::Isa;
 
 /// Height, width and channels of an image.
@@ -283,25 +285,30 @@ impl Target {
         }
     }
 
-    /// Fills an image's border with zeros.
+    /// Fills the border beside some rows of an image with zeros, and above the first and below the
+    /// last.
     ///
     /// # Safety
-    /// As [`Target::image`], and nobody else touches the border.
-    pub unsafe fn clear_border(&self, image: usize) {
+    /// As [`Target::image`], and nobody else touches that border.
+    pub unsafe fn clear_border(&self, image: usize, rows: Range<usize>) {
         let Layout { dims, border } = self.layout;
         let stride = self.layout.row_stride();
         let (left, right) = (border.left * dims.c, border.right * dims.c);
-        // SAFETY: runs between the rows of one image of the batch.
+        // SAFETY: runs beside the rows of one image of the batch.
         unsafe {
             let start = self.image(image);
             let clear = |at: usize, count: usize| start.add(at).write_bytes(0, count);
-            clear(0, border.top * stride + left);
-            // From the end of a row to the beginning of the next.
-            for y in 1..dims.h {
-                clear((border.top + y) * stride - right, right + left);
+            if rows.start == 0 {
+                clear(0, border.top * stride);
             }
-            let end = (border.top + dims.h) * stride;
-            clear(end - right, right + border.bottom * stride);
+            for y in rows.clone() {
+                let row = (border.top + y) * stride;
+                clear(row, left);
+                clear(row + stride - right, right);
+            }
+            if rows.end == dims.h {
+                clear((border.top + dims.h) * stride, border.bottom * stride);
+            }
         }
     }
 }

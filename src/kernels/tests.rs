@@ -84,7 +84,7 @@ impl Batch {
             // SAFETY: the batch is this function's own.
             unsafe {
                 if index % dims.h == 0 {
-                    target.clear_border(index / dims.h);
+                    target.clear_border(index / dims.h, 0..dims.h);
                 }
                 target
                     .row(index / dims.h, index % dims.h)

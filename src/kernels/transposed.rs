@@ -143,6 +143,8 @@ impl Product {
             while k < self.k.end {
                 let left = (self.k.end - k).min(PANEL - k % PANEL);
                 k += match left {
+                    // Two tiles for the sixteen columns of a panel, where registers allow it.
+                    8.. if S::F32_LANES == PANEL => self.tile::<S, 8, NV>(simd, k, n),
                     6.. if NV < 3 => self.tile::<S, 6, NV>(simd, k, n),
                     4.. => self.tile::<S, 4, NV>(simd, k, n),
                     2.. => self.tile::<S, 2, NV>(simd, k, n),

@@ -215,13 +215,12 @@ impl Plan {
         let blocks = h.div_ceil(ROWS);
         self.pool.run(count * blocks, |task| {
             let (image, start) = (task / blocks, task % blocks * ROWS);
-            // SAFETY: `values` is borrowed for these writes alone; each task writes its own rows,
-            // and the first of an image its border.
+            // SAFETY: `values` is borrowed for these writes alone; each task writes its own rows and
+            // the border beside them.
             unsafe {
-                if start == 0 {
-                    target.clear_border(image);
-                }
-                for y in start..(start + ROWS).min(h) {
+                let rows = start..(start + ROWS).min(h);
+                target.clear_border(image, rows.clone());
+                for y in rows {
                     let from = (image * h + y) * w * c;
                     target
                         .row(image, y)

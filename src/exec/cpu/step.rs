@@ -352,18 +352,33 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Runs tasks, and clears the output's border beside them.
+    /// Runs tasks, and clears the output's border beside them: each thread beside the lines of which
+    /// it writes most, if tasks are in their order.
     fn tasks(&self, tasks: usize, task: impl Fn(usize) + Sync) {
         if self.output.layout.is_plain() {
             self.threads.run(tasks, task);
             return;
         }
-        self.threads
-            .run(tasks + self.count, |index| match index.checked_sub(tasks) {
-                None => task(index),
+        let height = self.output.layout.dims.h;
+        let (parts, lines) = (self.threads.threads(), self.count * height);
+        // A part's share of the tasks, then its border.
+        let share = |part: usize| part * tasks / parts;
+        self.threads.run(tasks + parts, |index| {
+            let part = (0..parts).rfind(|&part| share(part) + part <= index);
+            let part = part.unwrap_or(0);
+            if index - part < share(part + 1) {
+                return task(index - part);
+            }
+            let end = (part + 1) * lines / parts;
+            let mut line = part * lines / parts;
+            while line < end {
+                let (image, y) = (line / height, line % height);
+                let rows = y..(y + end - line).min(height);
+                line += rows.len();
                 // SAFETY: the border belongs to no other task.
-                Some(image) => unsafe { self.output.clear_border(image) },
-            });
+                unsafe { self.output.clear_border(image, rows) };
+            }
+        });
     }
 
     /// A row of an input.
