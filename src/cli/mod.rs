@@ -6,9 +6,13 @@ mod classify;
 mod completions;
 mod download;
 mod evaluate;
+mod explain;
 mod export;
+mod features;
 mod finetune;
+mod kernels;
 mod models;
+mod photo;
 
 use std::io::{self, IsTerminal, Write};
 use std::num::NonZeroUsize;
@@ -37,6 +41,9 @@ use crate::weights::{Model, Request, WeightsChoice};
   sconce models                           the networks, their size and accuracy
   sconce models resnet18                  one network, layer by layer
   sconce bench -m resnet18                how fast is it here?
+  sconce explain photo.jpg                where in the photo did it see that?
+  sconce features photo.jpg               what do its layers make of it?
+  sconce kernels -m resnet18              what do its weights look like?
   sconce download resnet50                fetch weights before they are needed
   sconce export -m resnet18 --to onnx -o resnet18.onnx"
 )]
@@ -53,6 +60,9 @@ enum Command {
     Finetune(Box<finetune::Arguments>),
     Evaluate(evaluate::Arguments),
     Models(models::Arguments),
+    Features(features::Arguments),
+    Kernels(kernels::Arguments),
+    Explain(explain::Arguments),
     Bench(bench::Arguments),
     Download(download::Arguments),
     Export(export::Arguments),
@@ -156,6 +166,9 @@ impl Cli {
             Command::Finetune(arguments) => finetune::run(&self.global, &arguments),
             Command::Evaluate(arguments) => evaluate::run(&self.global, &arguments),
             Command::Models(arguments) => models::run(&self.global, &arguments),
+            Command::Features(arguments) => features::run(&self.global, &arguments),
+            Command::Kernels(arguments) => kernels::run(&self.global, &arguments),
+            Command::Explain(arguments) => explain::run(&self.global, &arguments),
             Command::Bench(arguments) => bench::run(&self.global, &arguments),
             Command::Download(arguments) => download::run(&self.global, &arguments),
             Command::Export(arguments) => export::run(&self.global, &arguments),

@@ -40,4 +40,4 @@ pub use preprocess::{crop_pixels, mirror, normalize, prepare};
 pub use random::{Purpose, generator};
 
 /// Files of more bytes are not read.
-const MAX_FILE_BYTES: u64 = 512 << 20;
+pub const MAX_FILE_BYTES: u64 = 512 << 20;

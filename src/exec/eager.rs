@@ -123,8 +123,20 @@ impl Eager {
     pub fn forward_observed(
         &self,
         images: &Tensor,
-        mut mode: Mode,
+        mode: Mode,
         observe: &mut dyn FnMut(NodeId, Observed) -> Result<()>,
+    ) -> Result<Tensor> {
+        self.forward_replaced(images, mode, &mut |id, observed| {
+            observe(id, observed).map(|()| None)
+        })
+    }
+
+    /// The same, where `observe` may put another tensor in the place of a node's output.
+    pub fn forward_replaced(
+        &self,
+        images: &Tensor,
+        mut mode: Mode,
+        observe: &mut dyn FnMut(NodeId, Observed) -> Result<Option<Tensor>>,
     ) -> Result<Tensor> {
         let mut readers_left = self.graph.reader_counts();
         let mut values: Vec<Option<Tensor>> = vec![None; readers_left.len()];
@@ -142,10 +154,15 @@ impl Eager {
                 .collect();
             let value = match self.graph.node(id).op {
                 Op::Input => images.clone(),
-                _ => self.evaluate(id, &inputs, images.dims(), &mut mode, observe)?,
+                _ => {
+                    let attention = &mut |weights: &Tensor| {
+                        observe(id, Observed::Attention(weights)).map(|_| ())
+                    };
+                    self.evaluate(id, &inputs, images.dims(), &mut mode, attention)?
+                }
             };
-            observe(id, Observed::Output(&value))?;
-            values[id.index()] = Some(value);
+            let replaced = observe(id, Observed::Output(&value))?;
+            values[id.index()] = Some(replaced.unwrap_or(value));
             for input in &self.graph.node(id).inputs {
                 readers_left[input.index()] -= 1;
                 if readers_left[input.index()] == 0 {
@@ -163,7 +180,7 @@ impl Eager {
         inputs: &[Tensor],
         image_dims: &[usize],
         mode: &mut Mode,
-        observe: &mut dyn FnMut(NodeId, Observed) -> Result<()>,
+        attention: &mut dyn FnMut(&Tensor) -> Result<()>,
     ) -> Result<Tensor> {
         let node = self.graph.node(id);
         let parameters = &self.parameters[id.index()];
@@ -273,7 +290,7 @@ impl Eager {
                 let query = (part(0)? * (1.0 / (width as f64).sqrt()))?;
                 let scores = query.matmul(&part(1)?.transpose(2, 3)?.contiguous()?)?;
                 let weights = softmax(&scores, D::Minus1)?;
-                observe(id, Observed::Attention(&weights))?;
+                attention(&weights)?;
                 let mixed = weights
                     .matmul(&part(2)?)?
                     .transpose(1, 2)?

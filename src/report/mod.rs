@@ -3,12 +3,14 @@
 mod charts;
 mod classification;
 mod evaluation;
+mod inside;
 mod models;
 mod page;
 mod plot;
 mod run;
 mod tensorboard;
 mod thumbnails;
+mod weights;
 
 use std::io;
 use std::path::Path;
@@ -20,6 +22,7 @@ use crate::weights::write_whole;
 
 pub use classification::{Format, Prediction, Ranked, Ranking, Record, Writer};
 pub use evaluation::{Calibration, Judgement, write_classes};
+pub use inside::{Colormap, Overlay, contact_sheet, feature_grid, filters, histograms};
 pub use models::{
     ListedLayer, ListedModel, ListedWeights, layers, list, write_layers, write_table,
 };
@@ -27,6 +30,7 @@ pub use page::{Balance, Epoch, Page};
 pub use plot::{Plot, PlotError, confusion_matrix};
 pub use run::{CONFUSION_FILE, REPORT_FILE, RunReport, remove_reports};
 pub use tensorboard::{EventFile, Setting, Step};
+pub use weights::{write_differences, write_kernels};
 
 /// Why a report cannot be written.
 #[derive(Debug, thiserror::Error)]

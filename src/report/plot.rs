@@ -35,18 +35,18 @@ pub enum PlotError {
 
 static FONT: &[u8] = include_bytes!("../../assets/fonts/Inter.ttf");
 const FAMILY: FontFamily = FontFamily::Name("Inter");
-const BLUE: RGBColor = RGBColor(0x1f, 0x5f, 0xd0);
-const GREY: RGBColor = RGBColor(0x60, 0x64, 0x6c);
+pub(super) const BLUE: RGBColor = RGBColor(0x1f, 0x5f, 0xd0);
+pub(super) const GREY: RGBColor = RGBColor(0x60, 0x64, 0x6c);
 const PALE: RGBColor = RGBColor(0xe4, 0xe6, 0xea);
 
-type Area<'a> = DrawingArea<BitMapBackend<'a>, plotters::coord::Shift>;
-type Drawn<'a> = Result<
+pub(super) type Area<'a> = DrawingArea<BitMapBackend<'a>, plotters::coord::Shift>;
+pub(super) type Drawn<'a> = Result<
     (),
     DrawingAreaErrorKind<<BitMapBackend<'a> as plotters::backend::DrawingBackend>::ErrorType>,
 >;
 
 impl Plot {
-    fn draw(
+    pub(super) fn draw(
         width: u32,
         height: u32,
         draw: impl for<'a> FnOnce(&Area<'a>) -> Drawn<'a>,
@@ -68,6 +68,21 @@ impl Plot {
             height,
             pixels,
         })
+    }
+
+    /// `[height, width, 3]`
+    pub fn pixels(&self) -> &[u8] {
+        &self.pixels
+    }
+
+    /// Puts a picture `[height, width, 3]` where it lies wholly inside.
+    pub(super) fn place(&mut self, (x, y): (u32, u32), [width, height]: [u32; 2], picture: &[u8]) {
+        let own = self.width as usize * 3;
+        let line = width as usize * 3;
+        for (row, from) in picture.chunks_exact(line).take(height as usize).enumerate() {
+            let start = (y as usize + row) * own + x as usize * 3;
+            self.pixels[start..start + line].copy_from_slice(from);
+        }
     }
 
     /// The bytes of a PNG file.
@@ -96,7 +111,7 @@ impl Plot {
     }
 }
 
-fn style(
+pub(super) fn style(
     size: f64,
     color: &'static RGBColor,
     horizontal: HPos,
@@ -108,7 +123,7 @@ fn style(
 }
 
 /// Width of a text, in pixels.
-fn width(text: &str, size: f64) -> i32 {
+pub(super) fn width(text: &str, size: f64) -> i32 {
     let font = (FAMILY, size).into_font();
     let measured = font
         .layout_box(text)
@@ -118,7 +133,7 @@ fn width(text: &str, size: f64) -> i32 {
 }
 
 /// At most so many pixels of a text.
-fn shortened(text: &str, size: f64, most: i32) -> String {
+pub(super) fn shortened(text: &str, size: f64, most: i32) -> String {
     if width(text, size) <= most {
         return text.to_string();
     }

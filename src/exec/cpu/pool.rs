@@ -151,7 +151,8 @@ impl Pool {
         for index in 1..threads {
             let shared = pool.shared.clone();
             let builder = std::thread::Builder::new().name(format!("plan-{index}"));
-            pool.workers.push(builder.spawn(move || shared.work(index))?);
+            pool.workers
+                .push(builder.spawn(move || shared.work(index))?);
         }
         Ok(pool)
     }
