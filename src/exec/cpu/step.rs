@@ -505,17 +505,15 @@ impl Run<'_> {
         let fewest_blocks = rows.div_ceil(most);
         let mut best = (usize::MAX, (rows, panels));
         for blocks in fewest_blocks..fewest_blocks + 2 * threads {
-            let block = rows.div_ceil(blocks).next_multiple_of(TILE);
+            let block = rows.div_ceil(blocks);
             let blocks = rows.div_ceil(block);
+            // Tiles are as equal as can be; small ones take as long as one of four rows.
+            let effective = block.max(4 * block.div_ceil(TILE));
             for parts in 1..=panels.min(4 * threads) {
                 let part = panels.div_ceil(parts);
                 let tasks = blocks * panels.div_ceil(part) * groups;
-                let task = block.min(rows).next_multiple_of(TILE) * part * depth;
-                let gates = if gated {
-                    block.min(rows) * depth / 4
-                } else {
-                    0
-                };
+                let task = effective * part * depth;
+                let gates = if gated { block * depth / 4 } else { 0 };
                 let time = tasks.div_ceil(threads) * (task + gates + OVERHEAD);
                 best = best.min((time, (block, part)));
             }
