@@ -1,6 +1,6 @@
-use std::io;
+use std::io::{self, Write};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -8,9 +8,11 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{Global, Outcome, complain};
-use crate::data::{self, Decoder, Inputs, Loaded, Loader, Next, PathList, Prepared, mirror};
+use crate::data::{
+    self, Decoder, Inputs, Loaded, Loader, Next, PathList, Prepared, Sorting, mirror, sort_into,
+};
 use crate::exec::Runner;
-use crate::report::{self, Prediction, Ranking, Record, Writer};
+use crate::report::{self, Earlier, Prediction, Ranking, Record, Writer};
 use crate::weights::{Model, resolve};
 
 /// Say what is in images
@@ -21,6 +23,8 @@ use crate::weights::{Model, resolve};
   sconce classify photos/ --format jsonl > labels.jsonl
   find . -name '*.jpg' -print0 | sconce classify --files-from - -0 --format csv
   curl -s https://example.org/cat.jpg | sconce classify -
+  sconce classify photos/ --format jsonl --resume-from labels.jsonl >> labels.jsonl
+  sconce classify photos/ --sort-into sorted/ --min-probability 0.5
   sconce classify -m resnet50 --weights resnet50.safetensors photo.jpg")]
 pub struct Arguments {
     /// Images: files, folders (with all below them), quoted globs, `-` for bytes on standard input
@@ -59,7 +63,24 @@ pub struct Arguments {
     /// Refuse images of more pixels
     #[arg(long, value_name = "N", default_value_t = super::MAX_PIXELS)]
     max_pixels: u64,
+    /// Link each image into a folder of DIR that is named after its label (`unsure` where no class is
+    /// as probable as --min-probability)
+    #[arg(long, value_name = "DIR")]
+    sort_into: Option<PathBuf>,
+    /// Copy images instead
+    #[arg(long, requires = "sort_into")]
+    copy: bool,
+    /// Move images instead
+    #[arg(long = "move", requires = "sort_into", conflicts_with = "copy")]
+    move_: bool,
+    /// Leave out images whose results are in this file of an earlier run, to which those of this one
+    /// may be appended
+    #[arg(long, value_name = "RESULTS.jsonl")]
+    resume_from: Option<PathBuf>,
 }
+
+/// Where images go of which nothing is said.
+const UNSURE: &str = "unsure";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Format {
@@ -105,6 +126,19 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
         .map(|path| PathList::open(path, arguments.nul))
         .transpose()
         .context("--files-from")?;
+    let earlier = arguments.resume_from.as_deref();
+    let earlier = earlier
+        .map(|path| Earlier::read(path).with_context(|| path.display().to_string()))
+        .transpose()
+        .context("--resume-from")?;
+    if let Some(earlier) = &earlier {
+        let count = earlier.len();
+        global.note(&format!("{count} results are there already"));
+        if earlier.is_cut() && arguments.format == Format::Jsonl {
+            // What is appended must not become part of the line that was cut off.
+            writeln!(global.stdout())?;
+        }
+    }
     let started = Instant::now();
     let model = resolve(&global.request())?;
     global.report_weights(&model);
@@ -114,7 +148,13 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
         background: arguments.background,
     };
     // Decoding begins while the network is made ready.
-    let inputs = Inputs::new(arguments.inputs.clone(), list);
+    let inputs = Inputs::new(arguments.inputs.clone(), list).filter(move |found| {
+        let name = match found {
+            Ok(input) => &input.name(),
+            Err(error) => &error.name,
+        };
+        !earlier.as_ref().is_some_and(|earlier| earlier.has(name))
+    });
     let loader = Loader::start(inputs, decoder, model.preprocessing, global.threads())
         .context("cannot start threads")?;
     let size = [model.preprocessing.crop; 2];
@@ -140,6 +180,14 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
         progress: progress(global.shows_progress()),
         logits: arguments.logits,
         tta: arguments.tta,
+        sorting: arguments.sort_into.map(|folder| {
+            let sorting = match (arguments.copy, arguments.move_) {
+                (true, _) => Sorting::Copy,
+                (_, true) => Sorting::Move,
+                _ => Sorting::Link,
+            };
+            (folder, sorting)
+        }),
         done: 0,
         failed: 0,
     };
@@ -175,6 +223,7 @@ struct Work<W: io::Write> {
     progress: ProgressBar,
     logits: bool,
     tta: bool,
+    sorting: Option<(PathBuf, Sorting)>,
     done: usize,
     failed: usize,
 }
@@ -213,6 +262,10 @@ impl<W: io::Write> Work<W> {
                     logits: self.logits.then(|| logits.to_vec()),
                 }
             });
+            let result = result.and_then(|prediction| {
+                self.sort(&name, &prediction)?;
+                Ok(prediction)
+            });
             match &result {
                 Ok(_) => self.done += 1,
                 Err(error) => {
@@ -225,6 +278,20 @@ impl<W: io::Write> Work<W> {
             self.progress.inc(1);
         }
         Ok(())
+    }
+
+    /// Puts an image into the folder of its label, where that is wanted.
+    fn sort(&self, name: &str, prediction: &Prediction) -> Result<(), String> {
+        let Some((folder, sorting)) = &self.sorting else {
+            return Ok(());
+        };
+        if name == "-" {
+            return Err("standard input cannot be sorted (name a file)".into());
+        }
+        let label = prediction.top.first().map_or(UNSURE, |top| &top.label);
+        sort_into(folder, label, Path::new(name), *sorting)
+            .map(|_| ())
+            .map_err(|error| format!("cannot be sorted into {}: {error}", folder.display()))
     }
 
     /// Logits of all images, one after the other.

@@ -5,6 +5,7 @@ mod bench;
 mod classify;
 mod completions;
 mod download;
+mod embed;
 mod evaluate;
 mod explain;
 mod export;
@@ -42,6 +43,7 @@ use crate::weights::{Model, Request, WeightsChoice};
   sconce models resnet18                  one network, layer by layer
   sconce bench -m resnet18                how fast is it here?
   sconce explain photo.jpg                where in the photo did it see that?
+  sconce embed photos/ -o photos.npy      a vector for each photo
   sconce features photo.jpg               what do its layers make of it?
   sconce kernels -m resnet18              what do its weights look like?
   sconce download resnet50                fetch weights before they are needed
@@ -60,6 +62,7 @@ enum Command {
     Finetune(Box<finetune::Arguments>),
     Evaluate(evaluate::Arguments),
     Models(models::Arguments),
+    Embed(embed::Arguments),
     Features(features::Arguments),
     Kernels(kernels::Arguments),
     Explain(explain::Arguments),
@@ -166,6 +169,7 @@ impl Cli {
             Command::Finetune(arguments) => finetune::run(&self.global, &arguments),
             Command::Evaluate(arguments) => evaluate::run(&self.global, &arguments),
             Command::Models(arguments) => models::run(&self.global, &arguments),
+            Command::Embed(arguments) => embed::run(&self.global, &arguments),
             Command::Features(arguments) => features::run(&self.global, &arguments),
             Command::Kernels(arguments) => kernels::run(&self.global, &arguments),
             Command::Explain(arguments) => explain::run(&self.global, &arguments),

@@ -17,6 +17,7 @@ mod pipeline;
 mod preprocess;
 mod random;
 mod resize;
+mod sorted;
 mod tables;
 mod twins;
 
@@ -38,6 +39,7 @@ pub use part::{LabelledImages, Part};
 pub use pipeline::{Next, THREAD_NAME};
 pub use preprocess::{crop_pixels, mirror, normalize, prepare};
 pub use random::{Purpose, generator};
+pub use sorted::{Sorting, sort_into};
 
 /// Files of more bytes are not read.
 pub const MAX_FILE_BYTES: u64 = 512 << 20;

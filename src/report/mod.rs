@@ -2,6 +2,8 @@
 
 mod charts;
 mod classification;
+mod earlier;
+mod embeddings;
 mod evaluation;
 mod inside;
 mod models;
@@ -21,6 +23,8 @@ use base64::engine::general_purpose::STANDARD;
 use crate::weights::write_whole;
 
 pub use classification::{Format, Prediction, Ranked, Ranking, Record, Writer};
+pub use earlier::Earlier;
+pub use embeddings::{EmbeddingFile, EmbeddingFormat};
 pub use evaluation::{Calibration, Judgement, write_classes};
 pub use inside::{Colormap, Overlay, contact_sheet, feature_grid, filters, histograms};
 pub use models::{

@@ -11,7 +11,7 @@ use super::{Checkpoint, Description, LabelsError, WeightsError, imagenet_labels,
 use crate::exec::Runner;
 use crate::exec::cpu::{Options, PlanError};
 use crate::exec::params::{LoadReport, Params, TensorSource};
-use crate::graph::Graph;
+use crate::graph::{Graph, NodeId};
 use crate::hub::{Hub, HubError, Repository};
 use crate::models::registry::{self, IMAGENET_CLASSES, UnknownModel};
 use crate::models::{Architecture, Preprocessing, Pretrained, Source};
@@ -451,9 +451,23 @@ impl Model {
         size: [usize; 2],
         options: Options,
     ) -> Result<Runner, ModelError> {
+        self.runner_to(self.graph.output(), device, size, options)
+    }
+
+    /// The same, for what a node before the logits gives.
+    ///
+    /// # Errors
+    /// As [`Model::runner`].
+    pub fn runner_to(
+        &self,
+        output: NodeId,
+        device: &Device,
+        size: [usize; 2],
+        options: Options,
+    ) -> Result<Runner, ModelError> {
         let params = Params::new(self.source.clone(), self.seed);
         let vb = params.var_builder(device);
-        let output = self.graph.output();
-        Ok(Runner::new(self.graph.clone(), &vb, size, output, options)?)
+        let graph = self.graph.until(output);
+        Ok(Runner::new(graph, &vb, size, output, options)?)
     }
 }

@@ -1,4 +1,4 @@
-"""Goldens of looking inside: feature maps, Grad-CAM by the package grad-cam, attention and its rollout
+"""Goldens of looking inside: feature maps, the vectors before the head, Grad-CAM by the package grad-cam, attention and its rollout
 in plain PyTorch, statistics of weights, all on formula-filled networks and the formula's image.
 
     python tests/oracle/explain.py
@@ -32,6 +32,7 @@ NETWORKS = {
                            {"conv5.2": lambda m: m.conv5, "stage3.7": lambda m: m.stage3[-1]}),
 }  # fmt: skip
 STATISTICS = ["conv1.weight", "bn1.bias", "layer3.0.conv1.weight", "layer4.1.bn2.running_var", "fc.weight"]
+OTHERS = ["mobilenet_v1_100", "resnext50_32x4d", "shufflenet_v1_x1_0_g3", "vit_tiny_patch16_224"]
 VIT = "vit_tiny_patch16_224"
 
 
@@ -78,6 +79,16 @@ def convolutional(name, nodes, targets, image):
     return {"maps": {node: projections(node, value) for node, value in maps.items()}, "cams": cams}
 
 
+def embedding(name, image):
+    """What the last linear layer is given."""
+    model, found = filled(name).double(), []
+    head = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1]
+    head.register_forward_pre_hook(lambda m, inputs: found.append(inputs[0].detach()))
+    with torch.no_grad():
+        model(image.double())
+    return projections("embedding", found[0])
+
+
 def attention(image):
     model = filled(VIT).double()
     layers = []
@@ -112,7 +123,8 @@ def main():
     image = torch.from_numpy(formula.images(1, SIZE, SIZE))
     golden = {name: convolutional(name, *rest, image) for name, rest in NETWORKS.items()}
     GOLDEN.write_text(json.dumps({
-        "networks": golden, "attention": attention(image), "statistics": statistics(),
+        "networks": golden, "embeddings": {name: embedding(name, image) for name in [*NETWORKS, *OTHERS]},
+        "attention": attention(image), "statistics": statistics(),
     }) + "\n")  # fmt: skip
 
 

@@ -1,0 +1,257 @@
+//! What classify and embed do with many images: results that go on where they ended, sorted folders,
+//! vectors; and folders as the world has them.
+#![cfg(feature = "embedded")]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use candle_core::{Device, Tensor};
+use common::{Formula, channels_last, golden, images, repository, uniform};
+use sconce::exec::cpu::Options;
+use sconce::hub::Hub;
+use sconce::weights::{Request, WeightsChoice, resolve};
+use serde_json::Value;
+use tempfile::TempDir;
+
+fn sconce(folder: &Path, arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sconce"));
+    command.current_dir(folder).args(arguments);
+    command.output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// A folder `photos` of cat, coffee and photographer.
+fn photos() -> TempDir {
+    let folder = TempDir::new().unwrap();
+    fs::create_dir(folder.path().join("photos")).unwrap();
+    for name in ["cat.png", "coffee.png", "photographer.png"] {
+        let from = repository("assets").join(name);
+        fs::copy(from, folder.path().join("photos").join(name)).unwrap();
+    }
+    folder
+}
+
+/// The paths of results.
+fn paths(jsonl: &str) -> Vec<String> {
+    let path = |line: &str| {
+        let value: Value = serde_json::from_str(line).ok()?;
+        Some(value["path"].as_str().unwrap().to_string())
+    };
+    jsonl.lines().filter_map(path).collect()
+}
+
+#[test]
+fn vectors_are_pytorchs() {
+    let golden: Value = serde_json::from_slice(&golden("explain.json")).unwrap();
+    let expected: BTreeMap<String, [f64; 9]> =
+        serde_json::from_value(golden["embeddings"].clone()).unwrap();
+    assert!(expected.len() > 6);
+    let image = channels_last(&images(1, 224, 224), [1, 3, 224, 224]);
+    for (name, expected) in expected {
+        let request = Request {
+            model: name.clone(),
+            weights: WeightsChoice::None,
+            labels: None,
+            seed: 0,
+            hub: Hub::new(),
+        };
+        let mut model = resolve(&request).unwrap();
+        model.source = Some(Formula::of(&model.graph));
+        let (node, _) = model.graph.features();
+        let runner = model.runner_to(node, &Device::Cpu, [224, 224], Options::threads(2));
+        let vector = runner.unwrap().run(&image, 1).unwrap();
+        let wide = || vector.iter().map(|&v| f64::from(v));
+        let mut found = vec![wide().map(|v| v * v).sum::<f64>().sqrt()];
+        found.extend((0..8).map(|index| {
+            let along = uniform(&format!("embedding/{index}"), vector.len());
+            wide()
+                .zip(along)
+                .map(|(v, a)| v * f64::from(a))
+                .sum::<f64>()
+        }));
+        for (found, expected_value) in found.iter().zip(expected) {
+            let error = (found - expected_value).abs() / expected[0];
+            assert!(error < 1e-4, "{name}: {error:.1e}");
+        }
+    }
+}
+
+#[test]
+fn embed_writes_the_same_vectors_in_every_format() {
+    let folder = photos();
+    fs::write(folder.path().join("photos/broken.png"), b"nothing").unwrap();
+    for file in ["v.npy", "v.safetensors", "v.jsonl"] {
+        let output = sconce(folder.path(), &["embed", "photos", "-o", file, "-b", "2"]);
+        assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+        let errors = text(&output.stderr);
+        assert!(errors.contains("photos/broken.png: "), "{errors}");
+    }
+    let names = [
+        "photos/cat.png",
+        "photos/coffee.png",
+        "photos/photographer.png",
+    ];
+    let npy = Tensor::read_npy(folder.path().join("v.npy")).unwrap();
+    assert_eq!(npy.dims(), [3, 1280]);
+    let listed = fs::read(folder.path().join("v.json")).unwrap();
+    let listed: Vec<String> = serde_json::from_slice(&listed).unwrap();
+    assert_eq!(listed, names);
+    let npy: Vec<Vec<f32>> = npy.to_vec2().unwrap();
+    let bytes = fs::read(folder.path().join("v.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let (shape, values) = common::f32_tensor(&file, "embeddings");
+    assert_eq!(shape, [3, 1280]);
+    assert_eq!(values, npy.concat());
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let listed = &header.metadata().as_ref().unwrap()["paths"];
+    assert_eq!(serde_json::from_str::<Vec<String>>(listed).unwrap(), names);
+    let lines = fs::read_to_string(folder.path().join("v.jsonl")).unwrap();
+    let lines: Vec<Value> = lines
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    assert_eq!(lines.len(), 4);
+    assert!(lines[0]["error"].is_string() && lines[0]["path"] == "photos/broken.png");
+    let vector: Vec<f32> = serde_json::from_value(lines[1]["embedding"].clone()).unwrap();
+    assert_eq!(vector, npy[0]);
+    // Nothing else is left behind.
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 5);
+}
+
+#[test]
+fn embed_says_what_it_cannot_do() {
+    let folder = photos();
+    for (arguments, expected) in [
+        (vec!["embed", "photos"], "--out"),
+        (
+            vec!["embed", "photos", "-o", "v.txt"],
+            "--out v.txt: is no .npy",
+        ),
+        (vec!["embed", "-o", "v.npy"], "embed: no images given"),
+        (vec!["embed", "gone.png", "-o", "v.npy"], "gone.png: "),
+    ] {
+        let output = sconce(folder.path(), &arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        let errors = text(&output.stderr);
+        assert!(errors.contains(expected), "{arguments:?}: {errors}");
+    }
+    assert!(!folder.path().join("v.npy").exists());
+}
+
+#[test]
+fn a_run_that_was_cut_off_goes_on_and_names_each_path_once() {
+    let folder = photos();
+    let classify = ["classify", "photos", "--format", "jsonl", "-k", "1"];
+    let whole = sconce(folder.path(), &classify);
+    assert!(whole.status.success());
+    let whole = text(&whole.stdout);
+    let file = folder.path().join("results.jsonl");
+    // Cut in the middle of the second line, between lines, and not at all.
+    let first = whole.find('\n').unwrap() + 1;
+    for end in [first + 20, first, whole.len()] {
+        fs::write(&file, &whole[..end]).unwrap();
+        let mut arguments = classify.to_vec();
+        arguments.extend(["--resume-from", "results.jsonl"]);
+        let rest = sconce(folder.path(), &arguments);
+        assert!(rest.status.success(), "{}", text(&rest.stderr));
+        let both = whole[..end].to_string() + &text(&rest.stdout);
+        assert_eq!(paths(&both), paths(&whole));
+        // And once more, from what is there then.
+        fs::write(&file, &both).unwrap();
+        let again = sconce(folder.path(), &arguments);
+        assert_eq!(text(&again.stdout), "");
+    }
+    fs::write(&file, "{\"path\":\"a\"}\nno result\n").unwrap();
+    let output = sconce(
+        folder.path(),
+        &["classify", "photos", "--resume-from", "results.jsonl"],
+    );
+    assert_eq!(output.status.code(), Some(2));
+    let errors = text(&output.stderr);
+    assert!(
+        errors.contains("--resume-from: results.jsonl: line 2 is no result"),
+        "{errors}"
+    );
+}
+
+#[test]
+fn images_are_sorted_into_folders_of_their_labels() {
+    let folder = photos();
+    for (option, moved) in [
+        (None, false),
+        (Some("--copy"), false),
+        (Some("--move"), true),
+    ] {
+        let out = format!("sorted{}", option.unwrap_or(""));
+        let mut arguments = vec!["classify", "photos", "--sort-into", &out];
+        arguments.extend(option);
+        arguments.extend(["--min-probability", "0.9"]);
+        let output = sconce(folder.path(), &arguments);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let out = folder.path().join(&out);
+        // The cat is an Egyptian one by 72 %.
+        for place in [
+            "espresso/coffee.png",
+            "tripod/photographer.png",
+            "unsure/cat.png",
+        ] {
+            let name = Path::new(place).file_name().unwrap();
+            let original = repository("assets").join(name);
+            assert_eq!(
+                fs::read(out.join(place)).unwrap(),
+                fs::read(original).unwrap()
+            );
+            let link = fs::symlink_metadata(out.join(place)).unwrap().is_symlink();
+            assert_eq!(link, cfg!(unix) && option.is_none());
+        }
+        assert_eq!(folder.path().join("photos/cat.png").exists(), !moved);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn names_and_links_as_the_world_has_them() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = photos();
+    let at = |name: &str| folder.path().join("photos").join(name);
+    fs::rename(at("cat.png"), at("two\nlines.png")).unwrap();
+    fs::rename(at("coffee.png"), folder.path().join("aside.png")).unwrap();
+    std::os::unix::fs::symlink("../aside.png", at("link.png")).unwrap();
+    std::os::unix::fs::symlink("../gone.png", at("dangling.png")).unwrap();
+    let latin = std::ffi::OsStr::from_bytes(b"caf\xe9.png");
+    fs::rename(
+        at("photographer.png"),
+        folder.path().join("photos").join(latin),
+    )
+    .unwrap();
+    let output = sconce(
+        folder.path(),
+        &["classify", "photos", "--format", "jsonl", "-k", "1"],
+    );
+    assert_eq!(output.status.code(), Some(1));
+    let found: Vec<Value> = text(&output.stdout)
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    let label = |path: &str| {
+        let found = found.iter().find(|v| v["path"] == path);
+        let found = found.unwrap_or_else(|| panic!("{path} is not in {}", text(&output.stdout)));
+        found["top"][0]["label"]
+            .as_str()
+            .unwrap_or("none")
+            .to_string()
+    };
+    assert_eq!(label("photos/two\nlines.png"), "Egyptian cat");
+    assert_eq!(label("photos/link.png"), "espresso");
+    assert_eq!(label("photos/caf\u{fffd}.png"), "tripod");
+    let errors = text(&output.stderr);
+    assert!(errors.contains("photos/dangling.png: "), "{errors}");
+    assert_eq!(errors.lines().count(), 1, "{errors}");
+}
