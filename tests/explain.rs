@@ -9,12 +9,10 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use candle_core::Device;
-use common::{Formula, channels_last, golden, images, repository, uniform};
+use common::{channels_last, formula_model, golden, images, repository, uniform};
 use sconce::explain::{
     Inside, Map, attention_maps, feature_maps, grad_cam, kernels, last_map, stage_maps,
 };
-use sconce::hub::Hub;
-use sconce::weights::{Model, Request, WeightsChoice, resolve};
 use serde::Deserialize;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -62,20 +60,6 @@ fn goldens() -> Golden {
     serde_json::from_slice(&golden("explain.json")).unwrap()
 }
 
-/// A network of the registry with the formula's weights.
-fn formula(name: &str) -> Model {
-    let request = Request {
-        model: name.into(),
-        weights: WeightsChoice::None,
-        labels: None,
-        seed: 0,
-        hub: Hub::new(),
-    };
-    let mut model = resolve(&request).unwrap();
-    model.source = Some(Formula::of(&model.graph));
-    model
-}
-
 fn image() -> Vec<f32> {
     channels_last(&images(1, 224, 224), [1, 3, 224, 224])
 }
@@ -101,7 +85,7 @@ fn close(found: &[f32], expected: &[f32], what: &str) {
 #[test]
 fn feature_maps_are_pytorchs() {
     for (name, network) in goldens().networks {
-        let inside = Inside::new(&formula(&name), &Device::Cpu).unwrap();
+        let inside = Inside::new(&formula_model(&name), &Device::Cpu).unwrap();
         for (node, expected) in network.maps {
             let id = inside.find(&node).unwrap();
             let maps = feature_maps(&inside, &image(), &[id]).unwrap().remove(0);
@@ -127,7 +111,7 @@ fn feature_maps_are_pytorchs() {
 #[test]
 fn heat_maps_are_those_of_grad_cam() {
     for (name, network) in goldens().networks {
-        let inside = Inside::new(&formula(&name), &Device::Cpu).unwrap();
+        let inside = Inside::new(&formula_model(&name), &Device::Cpu).unwrap();
         let last = &inside.graph().node(last_map(&inside).unwrap()).name;
         assert_eq!(*last, network.cams[0].node, "{name}");
         for cam in &network.cams {
@@ -152,7 +136,7 @@ fn heat_maps_are_those_of_grad_cam() {
 #[test]
 fn attention_is_pytorchs() {
     let golden = goldens().attention;
-    let inside = Inside::new(&formula("vit_tiny_patch16_224"), &Device::Cpu).unwrap();
+    let inside = Inside::new(&formula_model("vit_tiny_patch16_224"), &Device::Cpu).unwrap();
     let maps = attention_maps(&inside, &image()).unwrap();
     let rollout = maps.rollout().unwrap();
     assert_eq!((rollout.height, rollout.width), (14, 14));
@@ -170,7 +154,7 @@ fn attention_is_pytorchs() {
 
 #[test]
 fn statistics_of_weights_are_pytorchs() {
-    let kernels = kernels(&formula("resnet18")).unwrap();
+    let kernels = kernels(&formula_model("resnet18")).unwrap();
     assert!(
         kernels
             .iter()
@@ -223,7 +207,7 @@ fn every_network_shows_a_map_of_each_stage() {
         "shufflenet_g3_w1",
         "vit_tiny_patch16_224",
     ] {
-        let inside = Inside::new(&formula(name), &Device::Cpu).unwrap();
+        let inside = Inside::new(&formula_model(name), &Device::Cpu).unwrap();
         let nodes = stage_maps(&inside);
         assert!(nodes.len() > 3, "{name}");
         let maps = feature_maps(&inside, &image(), &nodes).unwrap();

@@ -10,10 +10,8 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use candle_core::{Device, Tensor};
-use common::{Formula, channels_last, golden, images, repository, uniform};
+use common::{channels_last, formula_model, golden, images, repository, uniform};
 use sconce::exec::cpu::Options;
-use sconce::hub::Hub;
-use sconce::weights::{Request, WeightsChoice, resolve};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -55,15 +53,7 @@ fn vectors_are_pytorchs() {
     assert!(expected.len() > 6);
     let image = channels_last(&images(1, 224, 224), [1, 3, 224, 224]);
     for (name, expected) in expected {
-        let request = Request {
-            model: name.clone(),
-            weights: WeightsChoice::None,
-            labels: None,
-            seed: 0,
-            hub: Hub::new(),
-        };
-        let mut model = resolve(&request).unwrap();
-        model.source = Some(Formula::of(&model.graph));
+        let model = formula_model(&name);
         let (node, _) = model.graph.features();
         let runner = model.runner_to(node, &Device::Cpu, [224, 224], Options::threads(2));
         let vector = runner.unwrap().run(&image, 1).unwrap();

@@ -7,10 +7,9 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::images::Images;
 use super::{Global, Outcome, complain};
-use crate::data::{
-    self, Decoder, Inputs, Loaded, Loader, Next, PathList, Prepared, Sorting, mirror, sort_into,
-};
+use crate::data::{Loaded, Loader, Next, Prepared, Sorting, mirror, sort_into};
 use crate::exec::Runner;
 use crate::report::{self, Earlier, Prediction, Ranking, Record, Writer};
 use crate::weights::{Model, resolve};
@@ -27,15 +26,8 @@ use crate::weights::{Model, resolve};
   sconce classify photos/ --sort-into sorted/ --min-probability 0.5
   sconce classify -m resnet50 --weights resnet50.safetensors photo.jpg")]
 pub struct Arguments {
-    /// Images: files, folders (with all below them), quoted globs, `-` for bytes on standard input
-    #[arg(value_name = "INPUT")]
-    inputs: Vec<PathBuf>,
-    /// Read paths from a file, one a line, or from standard input (`-`)
-    #[arg(long, value_name = "FILE|-")]
-    files_from: Option<PathBuf>,
-    /// Paths of --files-from end in NUL
-    #[arg(short = '0', requires = "files_from")]
-    nul: bool,
+    #[command(flatten)]
+    images: Images,
     /// How many classes to name
     #[arg(short = 'k', long, value_name = "N", default_value = "5")]
     top_k: NonZeroUsize,
@@ -57,12 +49,6 @@ pub struct Arguments {
     /// Average the logits of each image and its mirror image
     #[arg(long)]
     tta: bool,
-    /// Put transparent images on this colour (white, #rgb, ...) instead of dropping transparency
-    #[arg(long, value_name = "COLOR", value_parser = data::parse_color)]
-    background: Option<[u8; 3]>,
-    /// Refuse images of more pixels
-    #[arg(long, value_name = "N", default_value_t = super::MAX_PIXELS)]
-    max_pixels: u64,
     /// Link each image into a folder of DIR that is named after its label (`unsure` where no class is
     /// as probable as --min-probability)
     #[arg(long, value_name = "DIR")]
@@ -112,20 +98,7 @@ fn probability(text: &str) -> Result<f64, String> {
 const PATIENCE: Duration = Duration::from_millis(20);
 
 pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
-    if arguments.inputs.is_empty() && arguments.files_from.is_none() {
-        anyhow::bail!(
-            "classify: no images given (name files, folders or globs, or - for standard input)"
-        );
-    }
-    let dashes = arguments.inputs.iter().chain(&arguments.files_from);
-    if dashes.filter(|path| path.as_os_str() == "-").count() > 1 {
-        anyhow::bail!("classify: standard input can be read once only (give one -)");
-    }
-    let list = arguments.files_from.as_deref();
-    let list = list
-        .map(|path| PathList::open(path, arguments.nul))
-        .transpose()
-        .context("--files-from")?;
+    let inputs = arguments.images.open("classify")?;
     let earlier = arguments.resume_from.as_deref();
     let earlier = earlier
         .map(|path| Earlier::read(path).with_context(|| path.display().to_string()))
@@ -143,18 +116,15 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
     let model = resolve(&global.request())?;
     global.report_weights(&model);
     let device = global.device.open()?;
-    let decoder = Decoder {
-        max_pixels: arguments.max_pixels,
-        background: arguments.background,
-    };
     // Decoding begins while the network is made ready.
-    let inputs = Inputs::new(arguments.inputs.clone(), list).filter(move |found| {
+    let inputs = inputs.filter(move |found| {
         let name = match found {
             Ok(input) => &input.name(),
             Err(error) => &error.name,
         };
         !earlier.as_ref().is_some_and(|earlier| earlier.has(name))
     });
+    let decoder = arguments.images.decoder();
     let loader = Loader::start(inputs, decoder, model.preprocessing, global.threads())
         .context("cannot start threads")?;
     let size = [model.preprocessing.crop; 2];

@@ -5,8 +5,9 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Args;
 
+use super::images::Images;
 use super::{Global, Outcome, complain};
-use crate::data::{self, Decoder, Inputs, Loaded, Loader, Next, PathList, Prepared};
+use crate::data::{Loaded, Loader, Next, Prepared};
 use crate::exec::Runner;
 use crate::report::{EmbeddingFile, EmbeddingFormat};
 use crate::weights::resolve;
@@ -18,54 +19,28 @@ use crate::weights::resolve;
   sconce embed photos/ -m resnet50 -o photos.safetensors
   find . -name '*.jpg' -print0 | sconce embed --files-from - -0 -o photos.jsonl")]
 pub struct Arguments {
-    /// Images: files, folders (with all below them), quoted globs, `-` for bytes on standard input
-    #[arg(value_name = "INPUT")]
-    inputs: Vec<PathBuf>,
-    /// Read paths from a file, one a line, or from standard input (`-`)
-    #[arg(long, value_name = "FILE|-")]
-    files_from: Option<PathBuf>,
-    /// Paths of --files-from end in NUL
-    #[arg(short = '0', requires = "files_from")]
-    nul: bool,
+    #[command(flatten)]
+    images: Images,
     /// The file to write; its ending is its format: .npy, .safetensors or .jsonl
     #[arg(short, long, value_name = "FILE")]
     out: PathBuf,
     /// Images that go through the network together
     #[arg(short, long, value_name = "N", default_value = "8")]
     batch_size: NonZeroUsize,
-    /// Put transparent images on this colour (white, #rgb, ...) instead of dropping transparency
-    #[arg(long, value_name = "COLOR", value_parser = data::parse_color)]
-    background: Option<[u8; 3]>,
-    /// Refuse images of more pixels
-    #[arg(long, value_name = "N", default_value_t = super::MAX_PIXELS)]
-    max_pixels: u64,
 }
 
 pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
-    if arguments.inputs.is_empty() && arguments.files_from.is_none() {
-        anyhow::bail!(
-            "embed: no images given (name files, folders or globs, or - for standard input)"
-        );
-    }
+    let inputs = arguments.images.open("embed")?;
     let Some(format) = EmbeddingFormat::of(&arguments.out) else {
         anyhow::bail!(
             "--out {}: is no .npy, .safetensors or .jsonl file",
             arguments.out.display()
         );
     };
-    let list = arguments.files_from.as_deref();
-    let list = list
-        .map(|path| PathList::open(path, arguments.nul))
-        .transpose()
-        .context("--files-from")?;
     let model = resolve(&global.request())?;
     global.report_weights(&model);
     let device = global.device.open()?;
-    let decoder = Decoder {
-        max_pixels: arguments.max_pixels,
-        background: arguments.background,
-    };
-    let inputs = Inputs::new(arguments.inputs.clone(), list);
+    let decoder = arguments.images.decoder();
     let loader = Loader::start(inputs, decoder, model.preprocessing, global.threads())
         .context("cannot start threads")?;
     let size = [model.preprocessing.crop; 2];

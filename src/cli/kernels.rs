@@ -106,12 +106,7 @@ fn chosen(model: &Model, kernels: &[Kernel], layers: &[String]) -> anyhow::Resul
     };
     for layer in layers {
         if !kernels.iter().any(|kernel| within(kernel, layer)) {
-            let mut near: Vec<(usize, &str)> = kernels
-                .iter()
-                .map(|k| (strsim::damerau_levenshtein(layer, &k.name), &*k.name))
-                .collect();
-            near.sort();
-            let near: Vec<&str> = near.iter().take(3).map(|(_, name)| *name).collect();
+            let near = explain::nearest(layer, kernels.iter().map(|k| &*k.name));
             anyhow::bail!(
                 "--layer {layer}: {} has no tensor of that name (near it: {})",
                 model.name,

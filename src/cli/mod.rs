@@ -11,6 +11,7 @@ mod explain;
 mod export;
 mod features;
 mod finetune;
+mod images;
 mod kernels;
 mod models;
 mod photo;
@@ -227,7 +228,6 @@ impl Global {
         AutoStream::new(io::stdout(), choice)
     }
 
-    /// A note for those who asked for many.
     /// A line for people, but for those who want quiet.
     fn note(&self, text: &str) {
         if !self.quiet {
@@ -235,6 +235,7 @@ impl Global {
         }
     }
 
+    /// A note for those who asked for many.
     fn verbose(&self, note: impl FnOnce() -> String) {
         if self.verbose {
             complain(&note());

@@ -49,6 +49,16 @@ pub enum ExplainError {
     Candle(#[from] candle_core::Error),
 }
 
+/// Those of some names that a person who wrote another may have meant.
+pub fn nearest<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let mut near: Vec<(usize, &str)> = names
+        .map(|other| (strsim::damerau_levenshtein(name, other), other))
+        .collect();
+    near.sort();
+    let near = near.iter().take(OFFERED);
+    near.map(|(_, name)| name.to_string()).collect()
+}
+
 /// A network to look into.
 pub struct Inside {
     eager: Eager,
@@ -148,21 +158,9 @@ impl Inside {
     /// Where there is none: names a few that are near.
     pub fn find(&self, name: &str) -> Result<NodeId, ExplainError> {
         let graph = self.graph();
-        graph.find(name).ok_or_else(|| {
-            let mut near: Vec<(usize, &str)> = graph
-                .nodes()
-                .iter()
-                .map(|node| (strsim::damerau_levenshtein(name, &node.name), &*node.name))
-                .collect();
-            near.sort();
-            ExplainError::Node {
-                name: name.to_string(),
-                near: near
-                    .iter()
-                    .take(OFFERED)
-                    .map(|(_, n)| n.to_string())
-                    .collect(),
-            }
+        graph.find(name).ok_or_else(|| ExplainError::Node {
+            name: name.to_string(),
+            near: nearest(name, graph.nodes().iter().map(|node| &*node.name)),
         })
     }
 

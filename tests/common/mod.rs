@@ -9,6 +9,8 @@ use std::sync::Arc;
 
 use sconce::exec::params::TensorSource;
 use sconce::graph::Graph;
+use sconce::hub::Hub;
+use sconce::weights::{Model, Request, WeightsChoice, resolve};
 
 /// Values in [-1, 1) that depend on the name and the index alone.
 pub fn uniform(name: &str, count: usize) -> impl Iterator<Item = f32> + use<> {
@@ -113,6 +115,20 @@ impl TensorSource for Formula {
     fn read(&self, name: &str) -> candle_core::Result<Vec<f32>> {
         Ok(parameter(name, &self.0[name]))
     }
+}
+
+/// A network of the registry with the formula's weights.
+pub fn formula_model(name: &str) -> Model {
+    let request = Request {
+        model: name.into(),
+        weights: WeightsChoice::None,
+        labels: None,
+        seed: 0,
+        hub: Hub::new(),
+    };
+    let mut model = resolve(&request).unwrap();
+    model.source = Some(Formula::of(&model.graph));
+    model
 }
 
 /// A file of this repository.
