@@ -284,15 +284,28 @@ fn results_do_not_depend_on_batch_or_threads() {
 
 /// A run whose standard input stays open.
 fn with_open_input(arguments: &[&str]) -> Child {
-    Process::new(env!("CARGO_BIN_EXE_sconce"))
+    let mut command = Process::new(env!("CARGO_BIN_EXE_sconce"));
+    command
         .arg("classify")
         .args(arguments)
         .current_dir(repository(""))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
+        .stderr(Stdio::piped());
+    #[cfg(unix)]
+    {
+        use std::os::unix::process::CommandExt;
+        // A shell starts what runs in the background with interrupts ignored, and children inherit
+        // that.
+        let heed_interrupts = || {
+            // SAFETY: sets a disposition, which is allowed between fork and exec.
+            unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
+            Ok(())
+        };
+        // SAFETY: the closure neither allocates nor locks.
+        unsafe { command.pre_exec(heed_interrupts) };
+    }
+    command.spawn().unwrap()
 }
 
 #[test]

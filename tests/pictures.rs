@@ -15,6 +15,7 @@ use sconce::weights::{Request, WeightsChoice, resolve};
 const DECODER: Decoder = Decoder {
     max_pixels: 100_000_000,
     background: None,
+    exact: false,
 };
 
 #[derive(serde::Deserialize)]

@@ -167,6 +167,7 @@ fn photo_batches(steps: usize) -> Vec<(Tensor, Vec<usize>)> {
     let decoder = Decoder {
         max_pixels: 1 << 24,
         background: None,
+        exact: false,
     };
     let photos = ["cat.png", "coffee.png", "photographer.png"]
         .map(|name| std::fs::read(repository("assets").join(name)).unwrap())

@@ -124,7 +124,7 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
         };
         !earlier.as_ref().is_some_and(|earlier| earlier.has(name))
     });
-    let decoder = arguments.images.decoder();
+    let decoder = arguments.images.decoder(global.exact);
     let loader = Loader::start(inputs, decoder, model.preprocessing, global.threads())
         .context("cannot start threads")?;
     let size = [model.preprocessing.crop; 2];

@@ -40,7 +40,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     let model = resolve(&global.request())?;
     global.report_weights(&model);
     let device = global.device.open()?;
-    let decoder = arguments.images.decoder();
+    let decoder = arguments.images.decoder(global.exact);
     let loader = Loader::start(inputs, decoder, model.preprocessing, global.threads())
         .context("cannot start threads")?;
     let size = [model.preprocessing.crop; 2];

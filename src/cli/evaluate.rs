@@ -139,6 +139,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         decoder: Decoder {
             max_pixels: arguments.max_pixels,
             background: arguments.background,
+            exact: global.exact,
         },
         preprocessing: model.preprocessing,
         augmentation: Augmentation::NONE,

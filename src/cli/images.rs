@@ -49,10 +49,12 @@ impl Images {
         Ok(Inputs::new(self.inputs.clone(), list))
     }
 
-    pub fn decoder(&self) -> Decoder {
+    /// `exact` decodes every picture whole.
+    pub fn decoder(&self, exact: bool) -> Decoder {
         Decoder {
             max_pixels: self.max_pixels,
             background: self.background,
+            exact,
         }
     }
 }

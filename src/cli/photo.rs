@@ -17,6 +17,7 @@ pub fn read(path: &Path, max_pixels: u64) -> anyhow::Result<Rgb> {
     let decoder = Decoder {
         max_pixels,
         background: None,
+        exact: true,
     };
     let decode = || -> Result<Rgb, ImageError> { decoder.decode(&input.read(MAX_FILE_BYTES)?) };
     decode().map_err(|error| anyhow::anyhow!("{}: {error}", input.name().escape_debug()))

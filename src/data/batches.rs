@@ -1,10 +1,13 @@
 use std::sync::Arc;
 
 use super::cache::{Cache, Kept};
-use super::dataset::shuffle;
+use super::dataset::{Source, shuffle};
 use super::pipeline::{Budget, Next, Pipeline};
+use super::preprocess::reduction;
 use super::random::{Purpose, generator};
-use super::{Augment, Augmentation, Decoder, ImageError, Mix, Rgb, Sample, crop_pixels, normalize};
+use super::{
+    Augment, Augmentation, Decoder, ImageError, Mix, Rgb, Sample, crop_pixels, crop_shrunk, normalize,
+};
 use crate::models::Preprocessing;
 
 /// How samples become batches.
@@ -169,19 +172,34 @@ impl BatchPlan {
     }
 
     fn decode(&self, index: usize, budget: &Budget) -> Result<Rgb, ImageError> {
-        let source = self.samples[index].picture.read(&self.decoder)?;
-        let _share = budget.take(source.needed());
-        source.decode(&self.decoder)
+        match self.samples[index].picture.read()? {
+            Source::Bytes(bytes) => self.decoder.decode_within(&bytes, budget),
+            Source::Decoded(image) => Ok(image),
+        }
+    }
+
+    /// Whether a picture is the same to `crop` when it is read for that alone.
+    fn is_read_whole(&self, image: &Rgb) -> bool {
+        self.decoder.exact || reduction([image.width, image.height], &self.preprocessing) == 1
     }
 
     /// A sample resized and cropped as for classification.
     fn crop(&self, index: usize, budget: &Budget) -> Result<Arc<[u8]>, ImageError> {
-        let image = match self.cache.get(index) {
+        let preprocessing = &self.preprocessing;
+        let pixels: Arc<[u8]> = match self.cache.get(index) {
             Some(Kept::Cropped(pixels)) => return Ok(pixels.clone()),
-            Some(Kept::Whole(image)) => image.clone(),
-            None => Arc::new(self.decode(index, budget)?),
-        };
-        let pixels: Arc<[u8]> = crop_pixels(&image, &self.preprocessing).into();
+            Some(Kept::Whole(image)) if self.is_read_whole(image) => {
+                crop_pixels(image, preprocessing)
+            }
+            _ => match self.samples[index].picture.read()? {
+                Source::Bytes(bytes) => {
+                    let picture = self.decoder.decode_for(preprocessing, &bytes, budget)?;
+                    crop_shrunk(&picture, preprocessing)
+                }
+                Source::Decoded(image) => crop_pixels(&image, preprocessing),
+            },
+        }
+        .into();
         self.cache.keep(index, &Kept::Cropped(pixels.clone()));
         Ok(pixels)
     }
@@ -270,6 +288,7 @@ mod tests {
             decoder: Decoder {
                 max_pixels: 1000,
                 background: None,
+                exact: false,
             },
             preprocessing: Preprocessing::torchvision(2, 2).normalized([0.0; 3], [1.0; 3]),
             augmentation: Augmentation::NONE,

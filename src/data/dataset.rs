@@ -42,18 +42,21 @@ impl Picture {
     /// # Errors
     /// Where it cannot be read.
     pub fn decode(&self, decoder: &Decoder) -> Result<Rgb, ImageError> {
-        self.read(decoder)?.decode(decoder)
+        match self.read()? {
+            Source::Bytes(bytes) => decoder.decode(&bytes),
+            Source::Decoded(image) => Ok(image),
+        }
     }
 
-    /// Pixels, by the header, and bytes of the file: what decoding it will take.
-    pub(super) fn read(&self, decoder: &Decoder) -> Result<Source, ImageError> {
+    /// What there is of it before it is decoded.
+    pub(super) fn read(&self) -> Result<Source, ImageError> {
         match self {
             Picture::File(path) => {
                 let bytes = Input::File(path.clone()).read(super::MAX_FILE_BYTES)?;
-                Source::encoded(bytes, decoder)
+                Ok(Source::Bytes(bytes))
             }
             Picture::Held { images, index } => match &**images {
-                Images::Encoded(images) => Source::encoded(images.bytes(*index)?, decoder),
+                Images::Encoded(images) => Ok(Source::Bytes(images.bytes(*index)?)),
                 Images::Grey(images) => Ok(Source::Decoded(images.picture(*index))),
                 Images::Colour(images) => Ok(Source::Decoded(images.picture(*index))),
             },
@@ -63,38 +66,9 @@ impl Picture {
 
 /// A picture before it is decoded.
 pub(super) enum Source {
-    Bytes {
-        pixels: u64,
-        bytes: Vec<u8>,
-    },
+    Bytes(Vec<u8>),
     /// It never was encoded.
     Decoded(Rgb),
-}
-
-impl Source {
-    fn encoded(bytes: Vec<u8>, decoder: &Decoder) -> Result<Self, ImageError> {
-        let (width, height) = decoder.dimensions(&bytes)?;
-        Ok(Source::Bytes {
-            pixels: u64::from(width) * u64::from(height),
-            bytes,
-        })
-    }
-
-    /// Memory that decoding takes.
-    pub fn needed(&self) -> u64 {
-        match self {
-            // The decoder's picture and its conversion to RGB, and the file.
-            Source::Bytes { pixels, bytes } => pixels * 7 + bytes.len() as u64,
-            Source::Decoded(_) => 0,
-        }
-    }
-
-    pub fn decode(self, decoder: &Decoder) -> Result<Rgb, ImageError> {
-        match self {
-            Source::Bytes { bytes, .. } => decoder.decode(&bytes),
-            Source::Decoded(image) => Ok(image),
-        }
-    }
 }
 
 /// A picture and its class.

@@ -4,7 +4,12 @@ use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use image::metadata::Orientation;
-use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
+
+use super::jpeg;
+use super::pipeline::Budget;
+use super::preprocess::reduction;
+use crate::models::Preprocessing;
 
 /// An 8-bit picture `[height, width, 3]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,6 +17,28 @@ pub struct Rgb {
     pub width: usize,
     pub height: usize,
     pub pixels: Vec<u8>,
+}
+
+/// A picture for a network: whole, or read at a part of its size.
+#[derive(Clone, Debug)]
+pub struct Shrunk {
+    pub image: Rgb,
+    /// Of the whole picture, as it is shown.
+    pub width: usize,
+    pub height: usize,
+    /// A pixel of `image` is the mean of `by` x `by` of the whole.
+    pub by: usize,
+}
+
+impl From<Rgb> for Shrunk {
+    fn from(image: Rgb) -> Self {
+        Self {
+            width: image.width,
+            height: image.height,
+            by: 1,
+            image,
+        }
+    }
 }
 
 /// Why an image cannot be used.
@@ -41,6 +68,8 @@ pub struct Decoder {
     /// What shows through transparent pixels; None drops the alpha channel, as torchvision's
     /// loader does.
     pub background: Option<[u8; 3]>,
+    /// Read pictures whole, also where a network would see little of what is left out.
+    pub exact: bool,
 }
 
 /// Memory that a decoder may take beyond the picture itself.
@@ -71,6 +100,74 @@ impl Decoder {
             }
             image.apply_orientation(orientation);
             Ok(self.convert(image))
+        })
+    }
+
+    /// Decodes once there is memory for it.
+    pub(super) fn decode_within(&self, bytes: &[u8], budget: &Budget) -> Result<Rgb, ImageError> {
+        let (width, height) = self.dimensions(bytes)?;
+        // The decoder's picture and its conversion to RGB, and the file.
+        let needed = u64::from(width) * u64::from(height) * 7 + bytes.len() as u64;
+        let _share = budget.take(needed);
+        self.decode(bytes)
+    }
+
+    /// Decodes what preprocessing needs of a picture, once there is memory for it.
+    pub(super) fn decode_for(
+        &self,
+        preprocessing: &Preprocessing,
+        bytes: &[u8],
+        budget: &Budget,
+    ) -> Result<Shrunk, ImageError> {
+        let shrunk = guarded(|| Ok(self.shrunk(preprocessing, bytes, budget)))?;
+        match shrunk {
+            Some(shrunk) => Ok(shrunk),
+            None => Ok(self.decode_within(bytes, budget)?.into()),
+        }
+    }
+
+    /// A JPEG read at a part of its size, where that is enough and it is a plain one.
+    fn shrunk(
+        &self,
+        preprocessing: &Preprocessing,
+        bytes: &[u8],
+        budget: &Budget,
+    ) -> Option<Shrunk> {
+        if self.exact || !bytes.starts_with(&[0xff, 0xd8]) {
+            return None;
+        }
+        let (_, mut decoder) = self.open(bytes).ok()?;
+        let (width, height) = decoder.dimensions();
+        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+        drop(decoder);
+        let mut by = reduction([width, height].map(|side| side as usize), preprocessing);
+        // Turned round, the parts of pixels at the right and the bottom would lie elsewhere.
+        while by > 1
+            && orientation != Orientation::NoTransforms
+            && [width, height].iter().any(|side| side % by as u32 != 0)
+        {
+            by /= 2;
+        }
+        if by == 1 {
+            return None;
+        }
+        // Planes, picture, the file and its data.
+        let cells = u64::from(width) * u64::from(height) / (by * by) as u64;
+        let _share = budget.take(cells * 6 + 2 * bytes.len() as u64);
+        let image = jpeg::reduced(bytes, by)?;
+        let size = [image.width, image.height].map(|side| side as u32);
+        let mut image = DynamicImage::from(RgbImage::from_raw(size[0], size[1], image.pixels)?);
+        image.apply_orientation(orientation);
+        use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};
+        let (width, height) = match orientation {
+            Rotate90 | Rotate270 | Rotate90FlipH | Rotate270FlipH => (height, width),
+            _ => (width, height),
+        };
+        Some(Shrunk {
+            image: self.convert(image),
+            width: width as usize,
+            height: height as usize,
+            by,
         })
     }
 

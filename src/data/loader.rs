@@ -1,5 +1,5 @@
 use super::pipeline::{Budget, Next, Pipeline};
-use super::{Decoder, ImageError, Input, InputError, MAX_FILE_BYTES, prepare};
+use super::{Decoder, ImageError, Input, InputError, MAX_FILE_BYTES, crop_shrunk, normalize};
 use crate::models::Preprocessing;
 use std::time::Duration;
 
@@ -60,15 +60,11 @@ fn load(
     budget: &Budget,
 ) -> Result<Prepared, ImageError> {
     let bytes = input.read(MAX_FILE_BYTES)?;
-    let (width, height) = decoder.dimensions(&bytes)?;
-    // The decoder's picture and its conversion to RGB, and the file.
-    let needed = u64::from(width) * u64::from(height) * 7 + bytes.len() as u64;
-    let _share = budget.take(needed);
-    let image = decoder.decode(&bytes)?;
+    let picture = decoder.decode_for(preprocessing, &bytes, budget)?;
     drop(bytes);
     Ok(Prepared {
-        width: image.width,
-        height: image.height,
-        pixels: prepare(&image, preprocessing),
+        width: picture.width,
+        height: picture.height,
+        pixels: normalize(&crop_shrunk(&picture, preprocessing), preprocessing),
     })
 }

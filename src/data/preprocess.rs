@@ -1,34 +1,67 @@
 use std::ops::Range;
 
-use super::Rgb;
 use super::resize::resize;
+use super::{Rgb, Shrunk};
 use crate::models::Preprocessing;
+
+/// What is read of a picture is at least so many times the size that it is resized to. With less, the
+/// resized picture differs by more than rounding from that of the whole; a photo at an eighth is 1.46
+/// times as large as most networks want it.
+const MARGIN: f64 = 2.0;
 
 /// The resized and cropped picture before it is normalised, 8-bit `[crop, crop, 3]`.
 pub fn crop_pixels(image: &Rgb, preprocessing: &Preprocessing) -> Vec<u8> {
-    let Preprocessing {
-        resize: short,
-        crop,
-        ..
-    } = *preprocessing;
-    // As torchvision's Resize: the long side is cut to a whole number of pixels.
-    let scaled = |long: usize, by: usize| ((short * long) as f64 / by as f64) as usize;
-    let (width, height) = if preprocessing.squash {
-        (short, short)
-    } else if image.width <= image.height {
-        (short, scaled(image.height, image.width))
-    } else {
-        (scaled(image.width, image.height), short)
-    };
-    let columns = centre(width, crop);
-    let rows = centre(height, crop);
+    crop(image, [image.width, image.height], 1, preprocessing)
+}
+
+/// The same of a picture that was read at a part of its size.
+pub fn crop_shrunk(picture: &Shrunk, preprocessing: &Preprocessing) -> Vec<u8> {
+    let Shrunk {
+        image,
+        width,
+        height,
+        by,
+    } = picture;
+    crop(image, [*width, *height], *by, preprocessing)
+}
+
+fn crop(image: &Rgb, size: [usize; 2], by: usize, preprocessing: &Preprocessing) -> Vec<u8> {
+    let [width, height] = resized(size, preprocessing);
+    let columns = centre(width, preprocessing.crop);
+    let rows = centre(height, preprocessing.crop);
     resize(
         image,
+        size.map(|side| side as f64 / by as f64),
         [width, height],
         preprocessing.interpolation,
         columns,
         rows,
     )
+}
+
+/// Width and height after resizing.
+fn resized([width, height]: [usize; 2], preprocessing: &Preprocessing) -> [usize; 2] {
+    let short = preprocessing.resize;
+    // As torchvision's Resize: the long side is cut to a whole number of pixels.
+    let scaled = |long: usize, by: usize| ((short * long) as f64 / by as f64) as usize;
+    if preprocessing.squash {
+        [short, short]
+    } else if width <= height {
+        [short, scaled(height, width)]
+    } else {
+        [scaled(width, height), short]
+    }
+}
+
+/// By how much a picture of that width and height may be made smaller before it is resized: 8, 4, 2,
+/// or 1 for not at all.
+pub(super) fn reduction(size: [usize; 2], preprocessing: &Preprocessing) -> usize {
+    let small = resized(size, preprocessing);
+    let enough = |by: usize| {
+        let mut sides = size.iter().zip(small);
+        sides.all(|(&side, small)| side as f64 >= MARGIN * (small * by) as f64)
+    };
+    [8, 4, 2].into_iter().find(|&by| enough(by)).unwrap_or(1)
 }
 
 /// A network's input `[crop, crop, 3]`.

@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use super::Rgb;
+use crate::kernels::Isa;
 use crate::kernels::resample::cubic;
 use crate::models::Interpolation;
 
@@ -12,29 +13,42 @@ const PRECISION: u32 = 32 - 8 - 2;
 const CHANNELS: usize = 3;
 
 /// The part `columns` x `rows` of the image resized to `width` x `height`: pixels
-/// `[rows, columns, 3]`. What lies outside the part is not computed.
+/// `[rows, columns, 3]`. What lies outside the part is not computed. `from` is the image's size where
+/// its last column and row may be parts of a pixel.
 pub(super) fn resize(
     image: &Rgb,
+    from: [f64; 2],
     [width, height]: [usize; 2],
     interpolation: Interpolation,
     columns: Range<usize>,
     rows: Range<usize>,
 ) -> Vec<u8> {
-    let horizontal = Taps::new(image.width, width, interpolation, columns);
-    let vertical = Taps::new(image.height, height, interpolation, rows);
+    let horizontal = Taps::new(image.width, from[0], width, interpolation, columns);
+    let vertical = Taps::new(image.height, from[1], height, interpolation, rows);
+    Isa::detect().compiled(
+        #[inline(always)]
+        || passes(image, &horizontal, &vertical),
+    )
+}
+
+#[inline(always)]
+fn passes(image: &Rgb, horizontal: &Taps, vertical: &Taps) -> Vec<u8> {
     // The image rows that the vertical pass reads.
     let needed = vertical.reach();
     let line = horizontal.spans.len() * CHANNELS;
     let mut narrow = vec![0; needed.len() * line];
     let stride = image.width * CHANNELS;
+    // With a byte behind the last pixel, since pixels are read as four channels.
+    let mut source = vec![0; stride + 1];
     for (y, out) in needed.clone().zip(narrow.chunks_exact_mut(line)) {
-        let source = &image.pixels[y * stride..(y + 1) * stride];
+        source[..stride].copy_from_slice(&image.pixels[y * stride..(y + 1) * stride]);
         for (span, out) in horizontal.spans.iter().zip(out.chunks_exact_mut(CHANNELS)) {
-            let mut sums = [1 << (PRECISION - 1); CHANNELS];
-            let pixels = source[span.start * CHANNELS..].chunks_exact(CHANNELS);
-            for (weight, pixel) in horizontal.weights(span).iter().zip(pixels) {
-                for (sum, &value) in sums.iter_mut().zip(pixel) {
-                    *sum += weight * i32::from(value);
+            let weights = horizontal.weights(span);
+            let pixels = &source[span.start * CHANNELS..][..weights.len() * CHANNELS + 1];
+            let mut sums = [1 << (PRECISION - 1); 4];
+            for (&weight, pixel) in weights.iter().zip(pixels.windows(4).step_by(CHANNELS)) {
+                for lane in 0..4 {
+                    sums[lane] += weight * i32::from(pixel[lane]);
                 }
             }
             for (out, sum) in out.iter_mut().zip(sums) {
@@ -59,6 +73,7 @@ pub(super) fn resize(
     result
 }
 
+#[inline(always)]
 fn clip(sum: i32) -> u8 {
     (sum >> PRECISION).clamp(0, 255) as u8
 }
@@ -77,9 +92,15 @@ struct Span {
 }
 
 impl Taps {
-    /// Output positions `wanted` of an axis resized from `from` to `to`.
-    fn new(from: usize, to: usize, interpolation: Interpolation, wanted: Range<usize>) -> Self {
-        let scale = from as f64 / to as f64;
+    /// Output positions `wanted` of an axis of `size` pixels, of which `from` count, resized to `to`.
+    fn new(
+        size: usize,
+        from: f64,
+        to: usize,
+        interpolation: Interpolation,
+        wanted: Range<usize>,
+    ) -> Self {
+        let scale = from / to as f64;
         let widening = scale.max(1.0);
         let (support, filter): (f64, fn(f64) -> f64) = match interpolation {
             Interpolation::Bilinear => (1.0, triangle),
@@ -94,7 +115,7 @@ impl Taps {
             let centre = (position as f64 + 0.5) * scale;
             // Casts truncate, as C's do.
             let start = ((centre - support + 0.5) as i64).max(0) as usize;
-            let end = ((centre + support + 0.5) as i64).min(from as i64) as usize;
+            let end = ((centre + support + 0.5) as i64).min(size as i64) as usize;
             let values: Vec<f64> = (start..end)
                 .map(|i| filter((i as f64 - centre + 0.5) * (1.0 / widening)))
                 .collect();
@@ -112,11 +133,13 @@ impl Taps {
         taps
     }
 
+    #[inline(always)]
     fn weights(&self, span: &Span) -> &[i32] {
         &self.weights[span.weights.clone()]
     }
 
     /// All input positions that are read.
+    #[inline(always)]
     fn reach(&self) -> Range<usize> {
         let start = self.spans.iter().map(|s| s.start).min().unwrap_or(0);
         let end = self.spans.iter().map(|s| s.start + s.weights.len()).max();

@@ -195,6 +195,7 @@ impl RunReport {
             decoder: Decoder {
                 max_pixels: self.settings.max_pixels,
                 background: None,
+                exact: self.settings.exact,
             },
         }
     }

@@ -154,6 +154,7 @@ impl Run {
             decoder: Decoder {
                 max_pixels: self.settings.max_pixels,
                 background: None,
+                exact: self.settings.exact,
             },
             preprocessing: self.model.preprocessing,
             augmentation,

@@ -190,7 +190,8 @@ pub fn resized_part(
         height,
         pixels,
     };
-    resize(&part, [size, size], interpolation, 0..size, 0..size)
+    let from = [part.width, part.height].map(|side| side as f64);
+    resize(&part, from, [size, size], interpolation, 0..size, 0..size)
 }
 
 #[cfg(test)]
