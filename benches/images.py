@@ -223,7 +223,7 @@ def sconce(folders, cores, *more):
 
 def measure(folders, rounds, cores):
     network = os.path.join(tempfile.mkdtemp(), "mobilenet_v2.onnx")
-    subprocess.run([SCONCE, "export", "--to", "onnx", "-o", network, "-q"], check=True)
+    subprocess.run([SCONCE, "export", "--to", "onnx", "-o", network, "-q"], check=True, stdout=subprocess.DEVNULL)
     python = [(s, d) for s in ("alone", "feed", "loader") for d in DECODERS]
     rates = {"sconce": [], "sconce --exact": []}
     rates |= {f"{decoder}, {shape}": [] for shape, decoder in python}
@@ -249,7 +249,7 @@ def compare(folders):
     import numpy as np
 
     network = os.path.join(tempfile.mkdtemp(), "mobilenet_v2.onnx")
-    subprocess.run([SCONCE, "export", "--to", "onnx", "-o", network, "-q"], check=True)
+    subprocess.run([SCONCE, "export", "--to", "onnx", "-o", network, "-q"], check=True, stdout=subprocess.DEVNULL)
     run = session(network, 2)
     paths = [str(path) for path in files_of(folders)]
     with tempfile.TemporaryDirectory() as out:

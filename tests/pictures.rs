@@ -76,7 +76,7 @@ fn preprocessed_png_files_equal_torchvisions_bit_for_bit() {
 /// another order of roundings.
 fn tolerance(name: &str) -> u8 {
     match name {
-        "420.jpg" => 4,
+        "420.jpg" | "422.jpg" | "odd-420.jpg" | "restart.jpg" => 4,
         _ if name.ends_with(".jpg") || name == "wrong-extension.png" => 2,
         "cmyk.tiff" => 1,
         _ => 0,
@@ -106,6 +106,96 @@ fn every_kind_of_file_is_read_as_pillow_reads_it() {
         }
     }
     assert!(failures.is_empty(), "{failures:#?}");
+}
+
+/// Settings for which pictures of that size are read at one part in `by` of theirs.
+fn reduced_by(by: usize, [width, height]: [usize; 2]) -> Preprocessing {
+    let short = width.min(height) / (2 * by);
+    Preprocessing::torchvision(short, short)
+}
+
+#[test]
+fn jpegs_read_at_a_part_of_their_size_are_the_means_of_their_pixels() {
+    let bytes = golden("images.safetensors");
+    let goldens = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut count = 0;
+    for (name, whole) in goldens.tensors() {
+        let [height, width, _] = *whole.shape() else {
+            panic!("{name}");
+        };
+        let file = std::fs::read(repository("tests/images").join(&name)).unwrap();
+        // Of these the plain decoder sees all.
+        let plain = !file.starts_with(&[0xff, 0xd8])
+            || ["progressive.jpg", "cmyk.jpg"].contains(&name.as_str());
+        for by in [2, 4, 8] {
+            let preprocessing = reduced_by(by, [width, height]);
+            let picture = DECODER.decode_for(&preprocessing, &file).unwrap();
+            assert_eq!([picture.width, picture.height], [width, height], "{name}");
+            if plain || preprocessing.resize == 0 {
+                assert_eq!(picture.by, 1, "{name}");
+                continue;
+            }
+            count += 1;
+            assert_eq!(picture.by, by, "{name}");
+            let image = &picture.image;
+            assert_eq!(image.width, width.div_ceil(by), "{name}");
+            assert_eq!(image.height, height.div_ceil(by), "{name}");
+            let pixel = |x: usize, y: usize, c: usize| {
+                let at = (y.min(height - 1) * width + x.min(width - 1)) * 3 + c;
+                f64::from(whole.data()[at])
+            };
+            let mut sum = 0.0;
+            for (at, &value) in image.pixels.iter().enumerate() {
+                let (c, x) = (at % 3, at / 3 % image.width * by);
+                let y = at / 3 / image.width * by;
+                let cell = (0..by * by).map(|i| pixel(x + i % by, y + i / by, c));
+                let mean = cell.sum::<f64>() / (by * by) as f64;
+                let difference = (f64::from(value) - mean).abs();
+                assert!(difference < 24.0, "{name} / {by}: {x} {y} {c}: {value}, {mean}");
+                sum += difference;
+            }
+            let mean = sum / image.pixels.len() as f64;
+            println!("{name} / {by}: {mean:.2}");
+            // Pillow smooths chroma as it makes it larger, and this picture's is wild.
+            let most = if name.starts_with("42") { 5.0 } else { 2.0 };
+            assert!(mean < most, "{name} / {by}: {mean}");
+        }
+        let exact = Decoder {
+            exact: true,
+            ..DECODER
+        };
+        let picture = exact.decode_for(&reduced_by(8, [width, height]), &file);
+        assert_eq!(picture.unwrap().by, 1, "{name}");
+    }
+    assert!(count > 30, "{count}");
+}
+
+/// Every JPEG cut off at every byte, or with a bit of it turned over: read, or refused as the plain
+/// decoder refuses it.
+#[test]
+fn broken_jpegs_are_judged_by_the_plain_decoder() {
+    let mut read = 0;
+    for name in ["420.jpg", "grey.jpg", "restart.jpg", "odd-420.jpg", "orientation-6.jpg"] {
+        let file = std::fs::read(repository("tests/images").join(name)).unwrap();
+        let whole = DECODER.decode(&file).unwrap();
+        let preprocessing = reduced_by(4, [whole.width, whole.height]);
+        for length in 0..file.len() {
+            let cut = &file[..length];
+            let result = DECODER.decode_for(&preprocessing, cut);
+            assert_eq!(result.is_ok(), DECODER.decode(cut).is_ok(), "{name}: {length}");
+        }
+        for at in 0..file.len() {
+            let mut broken = file.clone();
+            broken[at] ^= 1 << (at % 8);
+            if let Ok(picture) = DECODER.decode_for(&preprocessing, &broken) {
+                let (width, height) = DECODER.dimensions(&broken).unwrap();
+                let size = [picture.width, picture.height];
+                assert!([[width, height], [height, width]].contains(&size.map(|s| s as u32)));
+                read += 1;
+            }
+        }
+    }
+    assert!(read > 100, "{read}");
 }
 
 #[test]

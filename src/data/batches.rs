@@ -193,7 +193,8 @@ impl BatchPlan {
             }
             _ => match self.samples[index].picture.read()? {
                 Source::Bytes(bytes) => {
-                    let picture = self.decoder.decode_for(preprocessing, &bytes, budget)?;
+                    let decoder = &self.decoder;
+                    let picture = decoder.decode_for_within(preprocessing, &bytes, budget)?;
                     crop_shrunk(&picture, preprocessing)
                 }
                 Source::Decoded(image) => crop_pixels(&image, preprocessing),

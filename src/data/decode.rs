@@ -112,8 +112,21 @@ impl Decoder {
         self.decode(bytes)
     }
 
-    /// Decodes what preprocessing needs of a picture, once there is memory for it.
-    pub(super) fn decode_for(
+    /// Decodes what preprocessing needs of a picture: a JPEG that is far larger at a part of its size,
+    /// all else as `decode` does.
+    ///
+    /// # Errors
+    /// As `decode`.
+    pub fn decode_for(
+        &self,
+        preprocessing: &Preprocessing,
+        bytes: &[u8],
+    ) -> Result<Shrunk, ImageError> {
+        self.decode_for_within(preprocessing, bytes, &Budget::default())
+    }
+
+    /// The same once there is memory for it.
+    pub(super) fn decode_for_within(
         &self,
         preprocessing: &Preprocessing,
         bytes: &[u8],

@@ -60,7 +60,7 @@ fn load(
     budget: &Budget,
 ) -> Result<Prepared, ImageError> {
     let bytes = input.read(MAX_FILE_BYTES)?;
-    let picture = decoder.decode_for(preprocessing, &bytes, budget)?;
+    let picture = decoder.decode_for_within(preprocessing, &bytes, budget)?;
     drop(bytes);
     Ok(Prepared {
         width: picture.width,
