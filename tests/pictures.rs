@@ -151,7 +151,10 @@ fn jpegs_read_at_a_part_of_their_size_are_the_means_of_their_pixels() {
                 let cell = (0..by * by).map(|i| pixel(x + i % by, y + i / by, c));
                 let mean = cell.sum::<f64>() / (by * by) as f64;
                 let difference = (f64::from(value) - mean).abs();
-                assert!(difference < 24.0, "{name} / {by}: {x} {y} {c}: {value}, {mean}");
+                assert!(
+                    difference < 24.0,
+                    "{name} / {by}: {x} {y} {c}: {value}, {mean}"
+                );
                 sum += difference;
             }
             let mean = sum / image.pixels.len() as f64;
@@ -175,14 +178,24 @@ fn jpegs_read_at_a_part_of_their_size_are_the_means_of_their_pixels() {
 #[test]
 fn broken_jpegs_are_judged_by_the_plain_decoder() {
     let mut read = 0;
-    for name in ["420.jpg", "grey.jpg", "restart.jpg", "odd-420.jpg", "orientation-6.jpg"] {
+    for name in [
+        "420.jpg",
+        "grey.jpg",
+        "restart.jpg",
+        "odd-420.jpg",
+        "orientation-6.jpg",
+    ] {
         let file = std::fs::read(repository("tests/images").join(name)).unwrap();
         let whole = DECODER.decode(&file).unwrap();
         let preprocessing = reduced_by(4, [whole.width, whole.height]);
         for length in 0..file.len() {
             let cut = &file[..length];
             let result = DECODER.decode_for(&preprocessing, cut);
-            assert_eq!(result.is_ok(), DECODER.decode(cut).is_ok(), "{name}: {length}");
+            assert_eq!(
+                result.is_ok(),
+                DECODER.decode(cut).is_ok(),
+                "{name}: {length}"
+            );
         }
         for at in 0..file.len() {
             let mut broken = file.clone();

@@ -269,7 +269,8 @@ impl<W: io::Write> Work<W> {
         if images.is_empty() {
             return Ok(Vec::new());
         }
-        let batch: Vec<f32> = images.iter().flat_map(|i| &i.pixels).copied().collect();
+        let pixels: Vec<&[f32]> = images.iter().map(|i| i.pixels.as_slice()).collect();
+        let batch = pixels.concat();
         let mut logits = self.runner.run(&batch, images.len())?;
         if self.tta {
             let crop = self.model.preprocessing.crop;

@@ -91,7 +91,8 @@ impl Work {
             .iter()
             .filter_map(|l| l.result.as_ref().ok())
             .collect();
-        let pixels: Vec<f32> = images.iter().flat_map(|i| &i.pixels).copied().collect();
+        let pixels: Vec<&[f32]> = images.iter().map(|i| i.pixels.as_slice()).collect();
+        let pixels = pixels.concat();
         let vectors = match images.len() {
             0 => Vec::new(),
             count => self.runner.run(&pixels, count)?,

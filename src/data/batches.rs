@@ -6,7 +6,8 @@ use super::pipeline::{Budget, Next, Pipeline};
 use super::preprocess::reduction;
 use super::random::{Purpose, generator};
 use super::{
-    Augment, Augmentation, Decoder, ImageError, Mix, Rgb, Sample, crop_pixels, crop_shrunk, normalize,
+    Augment, Augmentation, Decoder, ImageError, Mix, Rgb, Sample, crop_pixels, crop_shrunk,
+    normalize,
 };
 use crate::models::Preprocessing;
 

@@ -175,7 +175,10 @@ impl File<'_> {
         };
         let factors = specifications.iter().map(|s| sampling(s[1]));
         let largest = factors.fold([1, 1], |[h, v], [x, y]| [h.max(x), v.max(y)]);
-        let mcus = [width.div_ceil(SIDE * largest[0]), height.div_ceil(SIDE * largest[1])];
+        let mcus = [
+            width.div_ceil(SIDE * largest[0]),
+            height.div_ceil(SIDE * largest[1]),
+        ];
         let component = |&[id, factors, quantization]: &[u8; 3]| {
             let sampling = sampling(factors);
             let mut cells = [0; 2];
@@ -201,8 +204,10 @@ impl File<'_> {
                 read: false,
             })
         };
-        let components: Vec<Component> =
-            specifications.iter().map(component).collect::<Option<_>>()?;
+        let components: Vec<Component> = specifications
+            .iter()
+            .map(component)
+            .collect::<Option<_>>()?;
         // Without Adobe's segment, such names say that it is RGB.
         if components.iter().map(|c| c.id).eq(*b"RGB") {
             return None;
@@ -226,7 +231,9 @@ impl File<'_> {
             let (values, rest) = rest.split_at_checked(COEFFICIENTS * wide)?;
             let mut table = [0; COEFFICIENTS];
             for (entry, value) in table.iter_mut().zip(values.chunks_exact(wide)) {
-                *entry = value.iter().fold(0, |sum, &byte| sum << 8 | u16::from(byte));
+                *entry = value
+                    .iter()
+                    .fold(0, |sum, &byte| sum << 8 | u16::from(byte));
             }
             *self.quantization.get_mut(usize::from(head & 15))? = Some(table);
             body = rest;
@@ -317,7 +324,10 @@ impl File<'_> {
         if !frame.components.iter().all(|component| component.read) {
             return None;
         }
-        let (width, height) = (frame.width.div_ceil(self.by), frame.height.div_ceil(self.by));
+        let (width, height) = (
+            frame.width.div_ceil(self.by),
+            frame.height.div_ceil(self.by),
+        );
         let mut pixels = vec![0; width * height * 3];
         let planes: Vec<(&[u8], usize)> = frame
             .components
@@ -412,7 +422,11 @@ fn rgb(y: u8, cb: u8, cr: u8) -> [u8; 3] {
     let red = y + ((91_881 * cr + HALF) >> 16);
     let green = y + ((-22_554 * cb - 46_802 * cr + HALF) >> 16);
     let blue = y + ((116_130 * cb + HALF) >> 16);
-    [red.clamp(0, 255) as u8, green.clamp(0, 255) as u8, blue.clamp(0, 255) as u8]
+    [
+        red.clamp(0, 255) as u8,
+        green.clamp(0, 255) as u8,
+        blue.clamp(0, 255) as u8,
+    ]
 }
 
 const HALF: i32 = 1 << 15;
@@ -424,7 +438,11 @@ fn weights(quantization: &[u16; COEFFICIENTS], [columns, rows]: [usize; 2]) -> V
     for (&(v, u), &step) in ZIGZAG.iter().zip(quantization) {
         for down in &down[usize::from(v)][..rows] {
             let across = &across[usize::from(u)][..columns];
-            all.extend(across.iter().map(|across| (down * across * f64::from(step)) as f32));
+            all.extend(
+                across
+                    .iter()
+                    .map(|across| (down * across * f64::from(step)) as f32),
+            );
         }
     }
     all
@@ -689,7 +707,9 @@ impl<'a> Bits<'a> {
     ) -> Option<()> {
         let [across, down] = component.cells;
         let stride = component.blocks[0] * across;
-        let place = component.plane.get_mut(row * down * stride + column * across..)?;
+        let place = component
+            .plane
+            .get_mut(row * down * stride + column * across..)?;
         match [across, down] {
             [1, 1] => self.cells::<1, 1>(scanned, place, stride),
             [1, 2] => self.cells::<1, 2>(scanned, place, stride),
@@ -716,11 +736,11 @@ impl<'a> Bits<'a> {
         let (weights, _) = scanned.weights.as_chunks::<ACROSS>();
         let (weights, _) = weights.as_chunks::<DOWN>();
         let weights: &[[[f32; ACROSS]; DOWN]; COEFFICIENTS] = weights.first_chunk()?;
-        // The last coefficient that tells much: none for one cell; those of the four lowest
-        // diagonals for four.
+        // The last coefficient that tells much. The even ones but the first have a mean of 0 over four
+        // pixels, so that after the fifth (the first of both directions) comes little.
         let last = match ACROSS.max(DOWN) {
             1 => 0,
-            2 => 9,
+            2 => 4,
             _ => COEFFICIENTS - 1,
         };
         self.refill()?;

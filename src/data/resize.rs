@@ -11,6 +11,8 @@ use crate::models::Interpolation;
 /// Fraction bits of the weights: 8 bits are the sample's, 2 are kept for overshoot.
 const PRECISION: u32 = 32 - 8 - 2;
 const CHANNELS: usize = 3;
+/// Bytes that are read at a time.
+const READ: usize = 8;
 
 /// The part `columns` x `rows` of the image resized to `width` x `height`: pixels
 /// `[rows, columns, 3]`. What lies outside the part is not computed. `from` is the image's size where
@@ -25,36 +27,36 @@ pub(super) fn resize(
 ) -> Vec<u8> {
     let horizontal = Taps::new(image.width, from[0], width, interpolation, columns);
     let vertical = Taps::new(image.height, from[1], height, interpolation, rows);
-    Isa::detect().compiled(
+    let isa = Isa::detect();
+    isa.compiled(
         #[inline(always)]
-        || passes(image, &horizontal, &vertical),
+        || passes(image, &horizontal, &vertical, isa.has_avx2()),
     )
 }
 
 #[inline(always)]
-fn passes(image: &Rgb, horizontal: &Taps, vertical: &Taps) -> Vec<u8> {
+fn passes(
+    image: &Rgb,
+    horizontal: &Taps,
+    vertical: &Taps,
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] avx2: bool,
+) -> Vec<u8> {
     // The image rows that the vertical pass reads.
     let needed = vertical.reach();
     let line = horizontal.spans.len() * CHANNELS;
     let mut narrow = vec![0; needed.len() * line];
     let stride = image.width * CHANNELS;
-    // With a byte behind the last pixel, since pixels are read as four channels.
-    let mut source = vec![0; stride + 1];
+    // With some bytes behind the last pixel, to be read with it.
+    let mut source = vec![0; stride + READ];
     for (y, out) in needed.clone().zip(narrow.chunks_exact_mut(line)) {
         source[..stride].copy_from_slice(&image.pixels[y * stride..(y + 1) * stride]);
-        for (span, out) in horizontal.spans.iter().zip(out.chunks_exact_mut(CHANNELS)) {
-            let weights = horizontal.weights(span);
-            let pixels = &source[span.start * CHANNELS..][..weights.len() * CHANNELS + 1];
-            let mut sums = [1 << (PRECISION - 1); 4];
-            for (&weight, pixel) in weights.iter().zip(pixels.windows(4).step_by(CHANNELS)) {
-                for lane in 0..4 {
-                    sums[lane] += weight * i32::from(pixel[lane]);
-                }
-            }
-            for (out, sum) in out.iter_mut().zip(sums) {
-                *out = clip(sum);
-            }
+        #[cfg(target_arch = "x86_64")]
+        if avx2 {
+            // SAFETY: the machine has it.
+            unsafe { narrow_avx2(&source, horizontal, out) };
+            continue;
         }
+        narrow_portable(&source, horizontal, out);
     }
     let mut result = vec![0; vertical.spans.len() * line];
     let mut sums = vec![0; line];
@@ -71,6 +73,63 @@ fn passes(image: &Rgb, horizontal: &Taps, vertical: &Taps) -> Vec<u8> {
         }
     }
     result
+}
+
+/// A line of `source` (with [`READ`] bytes behind it) made narrower.
+fn narrow_portable(source: &[u8], taps: &Taps, out: &mut [u8]) {
+    for (span, out) in taps.spans.iter().zip(out.chunks_exact_mut(CHANNELS)) {
+        let mut sums = [1 << (PRECISION - 1); CHANNELS];
+        let pixels = source[span.start * CHANNELS..].chunks_exact(CHANNELS);
+        for (weight, pixel) in taps.weights(span).iter().zip(pixels) {
+            for (sum, &value) in sums.iter_mut().zip(pixel) {
+                *sum += weight * i32::from(value);
+            }
+        }
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = clip(sum);
+        }
+    }
+}
+
+/// The same sums, two pixels at a time in the lanes of a vector: compilers make a plain loop over
+/// three channels no faster.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn narrow_avx2(source: &[u8], taps: &Taps, out: &mut [u8]) {
+    use std::arch::x86_64::*;
+    // The three channels of a pixel and a zero, twice.
+    let spread = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    let halves = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    for (span, out) in taps.spans.iter().zip(out.chunks_exact_mut(CHANNELS)) {
+        let weights = taps.weights(span);
+        let bytes = &source[span.start * CHANNELS..][..weights.len() * CHANNELS + READ];
+        let mut sums = _mm256_setzero_si256();
+        let mut at = 0;
+        let (pairs, rest) = weights.as_chunks::<2>();
+        let last = rest.first().map(|&weight| [weight, 0]);
+        for &[first, second] in pairs.iter().chain(&last) {
+            let mut eight = [0; READ];
+            eight.copy_from_slice(&bytes[at..at + READ]);
+            let pixels = _mm_shuffle_epi8(_mm_cvtsi64_si128(i64::from_le_bytes(eight)), spread);
+            let both = i64::from(first as u32) | i64::from(second) << 32;
+            let weights = _mm256_castsi128_si256(_mm_cvtsi64_si128(both));
+            let weights = _mm256_permutevar8x32_epi32(weights, halves);
+            let products = _mm256_mullo_epi32(_mm256_cvtepu8_epi32(pixels), weights);
+            sums = _mm256_add_epi32(sums, products);
+            at += 2 * CHANNELS;
+        }
+        let (low, high) = (
+            _mm256_castsi256_si128(sums),
+            _mm256_extracti128_si256::<1>(sums),
+        );
+        let sums = _mm_add_epi32(
+            _mm_add_epi32(low, high),
+            _mm_set1_epi32(1 << (PRECISION - 1)),
+        );
+        let values = _mm_srai_epi32::<{ PRECISION as i32 }>(sums);
+        let values = _mm_packus_epi16(_mm_packs_epi32(values, values), values);
+        out.copy_from_slice(&_mm_cvtsi128_si32(values).to_le_bytes()[..CHANNELS]);
+    }
 }
 
 #[inline(always)]

@@ -34,7 +34,7 @@ impl Isa {
     }
 
     /// Whether kernels may use AVX2 and FMA by name.
-    pub(super) fn has_avx2(self) -> bool {
+    pub fn has_avx2(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         return self.avx2().is_some();
         #[cfg(not(target_arch = "x86_64"))]
