@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use candle_core::{Device, Tensor};
 use common::{channels_last, formula_model, golden, images, repository, uniform};
@@ -244,4 +245,131 @@ fn names_and_links_as_the_world_has_them() {
     let errors = text(&output.stderr);
     assert!(errors.contains("photos/dangling.png: "), "{errors}");
     assert_eq!(errors.lines().count(), 1, "{errors}");
+}
+
+/// Results of a running command, as they come.
+struct Running {
+    child: std::process::Child,
+    lines: std::sync::mpsc::Receiver<Value>,
+}
+
+impl Running {
+    fn start(folder: &Path, arguments: &[&str]) -> Self {
+        use std::io::BufRead;
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sconce"));
+        command.current_dir(folder).args(arguments);
+        let mut child = command
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let output = std::io::BufReader::new(child.stdout.take().unwrap());
+        let (sender, lines) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for line in output.lines() {
+                let line = serde_json::from_str(&line.unwrap()).unwrap();
+                let _ = sender.send(line);
+            }
+        });
+        Self { child, lines }
+    }
+
+    /// The path and the label, or the error, of the next result.
+    fn next(&self) -> (String, String) {
+        let line = self.lines.recv_timeout(Duration::from_secs(30)).unwrap();
+        let told = line["top"][0]["label"].as_str().or(line["error"].as_str());
+        let path = line["path"].as_str().unwrap();
+        (path.to_string(), told.unwrap().to_string())
+    }
+
+    /// That nothing comes for a while.
+    fn is_quiet(&self, milliseconds: u64) {
+        let wait = Duration::from_millis(milliseconds);
+        let line = self.lines.recv_timeout(wait);
+        assert!(line.is_err(), "{line:?}");
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_watched_folder_is_classified_as_it_fills() {
+    use std::io::Write;
+    let root = photos();
+    let at = |name: &str| root.path().join("photos").join(name);
+    let coffee = fs::read(at("coffee.png")).unwrap();
+    for name in ["cat.png", "photographer.png"] {
+        fs::rename(at(name), root.path().join(name)).unwrap();
+    }
+    let arguments = ["classify", "--watch", "photos", "--format", "jsonl"];
+    let sorted = ["--sort-into", "photos/sorted"];
+    let running = Running::start(root.path(), &[&arguments[..], &sorted].concat());
+    let espresso = |path: &str| (format!("photos/{path}"), "espresso".to_string());
+    // What was there before.
+    assert_eq!(running.next(), espresso("coffee.png"));
+    // What is moved there.
+    fs::rename(root.path().join("cat.png"), at("cat.png")).unwrap();
+    assert_eq!(running.next().0, "photos/cat.png");
+    // What is written there, but not before all of it is there.
+    let mut file = fs::File::create(at("slow.png")).unwrap();
+    for part in coffee.chunks(coffee.len() / 2) {
+        file.write_all(part).unwrap();
+        file.flush().unwrap();
+        running.is_quiet(300);
+    }
+    drop(file);
+    assert_eq!(running.next(), espresso("slow.png"));
+    // No images, or not to be seen; what results were sorted into.
+    fs::write(at("note.txt"), "text").unwrap();
+    fs::write(at(".hidden.png"), &coffee).unwrap();
+    assert!(at("sorted/espresso/slow.png").exists());
+    // Folders, with what is in them from the start.
+    fs::create_dir(root.path().join("new")).unwrap();
+    fs::write(root.path().join("new/a.png"), &coffee).unwrap();
+    fs::rename(root.path().join("new"), at("new")).unwrap();
+    assert_eq!(running.next(), espresso("new/a.png"));
+    fs::write(at("new/b.png"), &coffee).unwrap();
+    assert_eq!(running.next(), espresso("new/b.png"));
+    // Broken ones are named, and taken again once they are changed.
+    fs::write(at("broken.png"), &coffee[..1000]).unwrap();
+    assert_eq!(running.next().0, "photos/broken.png");
+    fs::write(at("broken.png"), &coffee).unwrap();
+    assert_eq!(running.next(), espresso("broken.png"));
+    // A link, which nobody writes or closes.
+    fs::hard_link(root.path().join("photographer.png"), at("link.png")).unwrap();
+    assert_eq!(running.next().0, "photos/link.png");
+    running.is_quiet(300);
+    // Without the folder there is nothing more to come.
+    fs::remove_dir_all(root.path().join("photos")).unwrap();
+    let mut running = running;
+    let status = running.child.wait().unwrap();
+    assert_eq!(status.code(), Some(1));
+}
+
+#[test]
+fn what_cannot_be_watched_is_said() {
+    let root = photos();
+    for (arguments, expected) in [
+        (
+            vec!["classify", "--watch"],
+            "--watch: name folders to watch",
+        ),
+        (
+            vec!["classify", "--watch", "photos/cat.png"],
+            "photos/cat.png: --watch takes folders",
+        ),
+        (
+            vec!["classify", "--watch", "photos", "--format", "json"],
+            "--format jsonl",
+        ),
+    ] {
+        let output = sconce(root.path(), &arguments);
+        assert_eq!(output.status.code(), Some(2));
+        let errors = text(&output.stderr);
+        assert!(errors.contains(expected), "{errors}");
+    }
 }

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::images::Images;
 use super::{Global, Outcome, complain};
-use crate::data::{Loaded, Loader, Next, Prepared, Sorting, mirror, sort_into};
+use crate::data::{Found, Loaded, Loader, Next, Prepared, Sorting, mirror, sort_into};
 use crate::exec::Runner;
 use crate::report::{self, Earlier, Prediction, Ranking, Record, Writer};
 use crate::weights::{Model, resolve};
@@ -59,6 +59,10 @@ pub struct Arguments {
     /// Move images instead
     #[arg(long = "move", requires = "sort_into", conflicts_with = "copy")]
     move_: bool,
+    /// Go on with images as they arrive in the folders or change there, each once it is whole, until
+    /// stopped or the folders are gone
+    #[arg(long, conflicts_with = "files_from")]
+    watch: bool,
     /// Leave out images whose results are in this file of an earlier run, to which those of this one
     /// may be appended
     #[arg(long, value_name = "RESULTS.jsonl")]
@@ -98,7 +102,14 @@ fn probability(text: &str) -> Result<f64, String> {
 const PATIENCE: Duration = Duration::from_millis(20);
 
 pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
-    let inputs = arguments.images.open("classify")?;
+    let inputs: Box<dyn Iterator<Item = Found> + Send> = if arguments.watch {
+        if arguments.format == Format::Json {
+            anyhow::bail!("--watch: an array of JSON has an end (choose --format jsonl)");
+        }
+        Box::new(arguments.images.watch(arguments.sort_into.as_deref())?)
+    } else {
+        Box::new(arguments.images.open("classify")?)
+    };
     let earlier = arguments.resume_from.as_deref();
     let earlier = earlier
         .map(|path| Earlier::read(path).with_context(|| path.display().to_string()))

@@ -1,11 +1,11 @@
 //! The images that a command is given, and how they are read.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
 
-use crate::data::{self, Decoder, Inputs, PathList};
+use crate::data::{self, Decoder, Inputs, PathList, Watch};
 
 #[derive(Debug, Args)]
 pub struct Images {
@@ -47,6 +47,15 @@ impl Images {
             .transpose()
             .context("--files-from")?;
         Ok(Inputs::new(self.inputs.clone(), list))
+    }
+
+    /// The images of folders as they arrive. What lies below `except` is left alone.
+    ///
+    /// # Errors
+    /// Where there is no folder, or what is named cannot be watched.
+    pub fn watch(&self, except: Option<&Path>) -> anyhow::Result<Watch> {
+        anyhow::ensure!(!self.inputs.is_empty(), "--watch: name folders to watch");
+        Ok(Watch::start(self.inputs.clone(), except)?)
     }
 
     /// `exact` decodes every picture whole.

@@ -74,7 +74,8 @@ impl InputError {
     }
 }
 
-type Found = Result<Input, InputError>;
+/// An image, or a place where none could be found.
+pub type Found = Result<Input, InputError>;
 
 /// A list of paths, one after the other as they are written.
 pub struct PathList {

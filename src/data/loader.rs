@@ -1,5 +1,7 @@
 use super::pipeline::{Budget, Next, Pipeline};
-use super::{Decoder, ImageError, Input, InputError, MAX_FILE_BYTES, crop_shrunk, normalize};
+use super::{
+    Decoder, Found, ImageError, Input, InputError, MAX_FILE_BYTES, crop_shrunk, normalize,
+};
 use crate::models::Preprocessing;
 use std::time::Duration;
 
@@ -29,12 +31,12 @@ impl Loader {
     /// # Errors
     /// Where threads cannot be started.
     pub fn start(
-        inputs: impl Iterator<Item = Result<Input, InputError>> + Send + 'static,
+        inputs: impl Iterator<Item = Found> + Send + 'static,
         decoder: Decoder,
         preprocessing: Preprocessing,
         threads: usize,
     ) -> std::io::Result<Self> {
-        let work = move |found: Result<Input, InputError>, budget: &Budget| match found {
+        let work = move |found: Found, budget: &Budget| match found {
             Ok(input) => Loaded {
                 name: input.name(),
                 result: load(&input, &decoder, &preprocessing, budget).map_err(|e| e.to_string()),

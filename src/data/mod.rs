@@ -21,6 +21,7 @@ mod resize;
 mod sorted;
 mod tables;
 mod twins;
+mod watch;
 
 pub use augment::{
     Augment, Augmentation, Mix, Operation, color_jitter, erased_part, rand_augment, random_part,
@@ -34,13 +35,14 @@ pub use dataset::{Dataset, DatasetError, Notices, Picture, Sample};
 pub use decode::{Decoder, ImageError, Rgb, Shrunk, parse_color};
 pub use held::{ColourImages, EncodedImages, Images};
 pub use idx::{IdxError, IdxImages};
-pub use input::{Input, InputError, Inputs, PathList};
+pub use input::{Found, Input, InputError, Inputs, PathList};
 pub use loader::{Loaded, Loader, Prepared};
 pub use part::{LabelledImages, Part};
 pub use pipeline::{Next, THREAD_NAME};
 pub use preprocess::{crop_pixels, crop_shrunk, mirror, normalize, prepare};
 pub use random::{Purpose, generator};
 pub use sorted::{Sorting, sort_into};
+pub use watch::Watch;
 
 /// Files of more bytes are not read.
 pub const MAX_FILE_BYTES: u64 = 512 << 20;
