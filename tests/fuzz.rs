@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use sconce::data::{Decoder, crop_shrunk};
 use sconce::exec::params::{TensorMap, TensorSource};
-use sconce::models::registry;
+use sconce::models::{Preprocessing, registry};
 use sconce::weights::{Checkpoint, Description, Head, closest, configuration, fit};
 
 /// Counts what is allocated.
@@ -52,6 +53,10 @@ static ALONE: Mutex<()> = Mutex::new(());
 /// of every byte, and the smallest may make some ten thousand.
 const MEMORY_PER_BYTE: usize = 64;
 const MEMORY: usize = 8 << 20;
+
+/// Of a picture of a million pixels: four channels of 16 bits, what it is converted to, and what
+/// decoders may take beside.
+const PICTURE_MEMORY: usize = (16 + 64) << 20;
 
 type Reader = fn(&[u8]);
 
@@ -114,6 +119,29 @@ fn names(bytes: &[u8]) {
     }
 }
 
+/// Pictures of every format, whole and as a network needs them.
+fn pictures(bytes: &[u8]) {
+    let decoder = Decoder {
+        max_pixels: 1 << 20,
+        background: None,
+        exact: false,
+    };
+    let whole = decoder.decode(bytes);
+    if let Ok(image) = &whole {
+        assert_eq!(image.pixels.len(), image.width * image.height * 3);
+    }
+    for short in [4, 8, 16] {
+        let preprocessing = Preprocessing::torchvision(short, short);
+        match decoder.decode_for(&preprocessing, bytes) {
+            Ok(picture) => {
+                let pixels = crop_shrunk(&picture, &preprocessing);
+                assert_eq!(pixels.len(), short * short * 3);
+            }
+            Err(_) => assert!(whole.is_err()),
+        }
+    }
+}
+
 /// A config.json, alone or with what comes after a NUL as the preprocessor's; a description.
 fn configurations(bytes: &[u8]) {
     let mut parts = bytes.splitn(2, |&b| b == 0);
@@ -172,7 +200,19 @@ fn readers() -> Vec<(&'static str, Reader, Vec<Vec<u8>>)> {
         ),
         ("names", names, lists.collect()),
         ("config", configurations, configurations_seen),
+        ("pictures", pictures, seeds_of_pictures()),
     ]
+}
+
+/// A file of every format, in the order of their names.
+fn seeds_of_pictures() -> Vec<Vec<u8>> {
+    let folder = std::fs::read_dir(common::repository("tests/images")).unwrap();
+    let mut paths: Vec<_> = folder.map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths
+        .iter()
+        .map(|path| std::fs::read(path).unwrap())
+        .collect()
 }
 
 const CONFIGURATIONS: [&str; 5] = [
@@ -255,7 +295,7 @@ fn mutate(bytes: &mut Vec<u8>, others: &[Vec<u8>], rng: &mut ChaCha8Rng) {
 }
 
 /// Runs a reader; what went wrong, in words.
-fn run(reader: Reader, bytes: &[u8]) -> Result<(), String> {
+fn run(name: &str, reader: Reader, bytes: &[u8]) -> Result<(), String> {
     let before = CURRENT.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
     let result = catch_unwind(AssertUnwindSafe(|| reader(bytes)));
@@ -263,7 +303,13 @@ fn run(reader: Reader, bytes: &[u8]) -> Result<(), String> {
     if result.is_err() {
         return Err("panicked".into());
     }
-    let allowed = MEMORY + MEMORY_PER_BYTE * bytes.len();
+    // A picture's size is what its header says, within the limit.
+    let decoded = if name == "pictures" {
+        PICTURE_MEMORY
+    } else {
+        0
+    };
+    let allowed = MEMORY + decoded + MEMORY_PER_BYTE * bytes.len();
     if used > allowed {
         return Err(format!("took {used} bytes for a file of {}", bytes.len()));
     }
@@ -282,7 +328,7 @@ fn fuzz(name: &str, reader: Reader, seeds: &[Vec<u8>], enough: impl Fn(u64) -> b
         let mut rng = ChaCha8Rng::seed_from_u64(first + count);
         let mut bytes = seeds[rng.random_range(0..seeds.len())].clone();
         mutate(&mut bytes, seeds, &mut rng);
-        if let Err(problem) = run(reader, &bytes) {
+        if let Err(problem) = run(name, reader, &bytes) {
             let file = std::env::temp_dir().join(format!("fuzz-{name}-{}", first + count));
             std::fs::write(&file, &bytes).unwrap();
             panic!(
@@ -301,7 +347,7 @@ fn some_thousands_of_broken_files_do_no_harm() {
     warm_up();
     for (name, reader, seeds) in readers() {
         for seed in &seeds {
-            run(reader, seed).unwrap_or_else(|problem| panic!("{name}: {problem}"));
+            run(name, reader, seed).unwrap_or_else(|problem| panic!("{name}: {problem}"));
         }
         let most = if name == "names" { 400 } else { 3000 };
         fuzz(name, reader, &seeds, |count| count == most);
@@ -315,8 +361,8 @@ fn what_failed_before_does_no_harm() {
     for entry in std::fs::read_dir(common::repository("tests/golden/fuzz")).unwrap() {
         let path = entry.unwrap().path();
         let bytes = std::fs::read(&path).unwrap();
-        for (_, reader, _) in readers() {
-            let result = run(reader, &bytes);
+        for (name, reader, _) in readers() {
+            let result = run(name, reader, &bytes);
             result.unwrap_or_else(|problem| panic!("{}: {problem}", path.display()));
         }
     }

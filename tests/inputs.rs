@@ -373,3 +373,177 @@ fn what_cannot_be_watched_is_said() {
         assert!(errors.contains(expected), "{errors}");
     }
 }
+
+/// Broken and hostile files of every format, in one folder with good ones.
+#[test]
+#[cfg(unix)]
+fn a_folder_of_hostile_images_is_classified_to_the_end() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::fs::symlink;
+
+    use rand::{RngExt, SeedableRng};
+    use sconce::data::Decoder;
+
+    let root = TempDir::new().unwrap();
+    let folder = root.path().join("images");
+    fs::create_dir(&folder).unwrap();
+    let mut files: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+    for entry in fs::read_dir(repository("tests/images")).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_string();
+        let (stem, extension) = name.rsplit_once('.').unwrap();
+        let bytes = fs::read(&path).unwrap();
+        for tenth in 0..10 {
+            let cut = bytes[..bytes.len() * tenth / 10].to_vec();
+            files.insert(format!("{stem}-cut-{tenth}.{extension}"), cut);
+        }
+        for index in 0..4 {
+            let mut flipped = bytes.clone();
+            for _ in 0..=index {
+                let at = rng.random_range(0..bytes.len());
+                flipped[at] ^= 1 << rng.random_range(0..8);
+            }
+            files.insert(format!("{stem}-flip-{index}.{extension}"), flipped);
+        }
+        files.insert(name, bytes);
+    }
+    // What headers promise: a picture of 10 Gpx, one within the limit with nothing behind, and far
+    // more rows than there are bytes.
+    let bmp = |width: i32, height: i32| {
+        let mut bytes = files["rgb.bmp"].clone();
+        bytes[18..22].copy_from_slice(&width.to_le_bytes());
+        bytes[22..26].copy_from_slice(&height.to_le_bytes());
+        bytes
+    };
+    let promises = [
+        (100_000, 100_000),
+        (9_999, 9_999),
+        (1, 99_000_000),
+        (i32::MAX, -1),
+    ];
+    let promises = promises.map(|(w, h)| (format!("promise-{w}x{h}.bmp"), bmp(w, h)));
+    files.extend(promises);
+    let pbm = |w: usize, h: usize| {
+        (
+            format!("promise-{w}x{h}.pbm"),
+            format!("P4 {w} {h}\n").into(),
+        )
+    };
+    files.extend([pbm(10_000, 10_000), pbm(usize::MAX, 2), pbm(0, 5)]);
+    // Large and empty: a picture of 90 Mpx in some ten kilobytes.
+    let large = image::GrayImage::new(10_000, 9_000);
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    large.write_to(&mut bytes, image::ImageFormat::Png).unwrap();
+    files.insert("large.png".into(), bytes.into_inner());
+    assert!(files.len() > 400, "{}", files.len());
+
+    let decoder = Decoder {
+        max_pixels: 100_000_000,
+        background: None,
+        exact: false,
+    };
+    let preprocessing = sconce::models::Preprocessing::torchvision(256, 224);
+    let mut expected: BTreeMap<String, bool> = BTreeMap::new();
+    for (name, bytes) in &files {
+        fs::write(folder.join(name), bytes).unwrap();
+        let good = decoder.decode_for(&preprocessing, bytes).is_ok();
+        expected.insert(format!("images/{name}"), good);
+    }
+    // What is no file.
+    let fifo = folder.join("pipe.png");
+    assert!(
+        Command::new("mkfifo")
+            .arg(&fifo)
+            .status()
+            .unwrap()
+            .success()
+    );
+    symlink("/dev/zero", folder.join("device.png")).unwrap();
+    symlink("nowhere.png", folder.join("dangling.png")).unwrap();
+    symlink(".", folder.join("loop.png")).unwrap();
+    symlink("self.png", folder.join("self.png")).unwrap();
+    for name in ["pipe", "device", "dangling", "loop", "self"] {
+        expected.insert(format!("images/{name}.png"), false);
+    }
+    // Names as they come.
+    let odd = OsStr::from_bytes(b"not \xff utf8\n.png");
+    fs::write(folder.join(odd), &files["rgb.png"]).unwrap();
+    expected.insert("images/not \u{fffd} utf8\n.png".into(), true);
+
+    let arguments = ["classify", "images", "--format", "jsonl", "-j", "2"];
+    let output = sconce(root.path(), &arguments);
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    let mut found = BTreeMap::new();
+    for line in text(&output.stdout).lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        let path = line["path"].as_str().unwrap().to_string();
+        let (good, error) = (line["top"].is_array(), line["error"].is_string());
+        assert!(good != error, "{line}");
+        assert!(found.insert(path, good).is_none(), "{line}");
+    }
+    let differs = |path: &&String| found.get(*path) != expected.get(*path);
+    let differing: Vec<&String> = found
+        .keys()
+        .chain(expected.keys())
+        .filter(differs)
+        .collect();
+    assert!(differing.is_empty(), "{differing:?}");
+    // Each that failed has one line.
+    let failed = expected.values().filter(|good| !**good).count();
+    assert_eq!(text(&output.stderr).lines().count(), failed);
+    assert!(failed > 200, "{failed}");
+    // SAFETY: fills in what it is given.
+    let usage = unsafe {
+        let mut usage = std::mem::zeroed::<libc::rusage>();
+        assert_eq!(libc::getrusage(libc::RUSAGE_CHILDREN, &mut usage), 0);
+        usage
+    };
+    // Kibibytes on Linux; the largest of all children of these tests.
+    #[cfg(target_os = "linux")]
+    assert!(usage.ru_maxrss < 1 << 20, "{} KiB", usage.ru_maxrss);
+    println!(
+        "{failed} of {} failed, {} KiB",
+        expected.len(),
+        usage.ru_maxrss
+    );
+}
+
+#[test]
+#[cfg(unix)]
+fn folders_that_may_only_be_read_and_files_that_vanish() {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::fs::PermissionsExt;
+    let root = photos();
+    let folder = root.path().join("photos");
+    let allow = |mode| fs::set_permissions(&folder, fs::Permissions::from_mode(mode)).unwrap();
+    allow(0o555);
+    let output = sconce(root.path(), &["classify", "photos", "--format", "jsonl"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert_eq!(paths(&text(&output.stdout)).len(), 3);
+    allow(0o755);
+    // Listed, and gone when its turn comes.
+    let mut child = Command::new(env!("CARGO_BIN_EXE_sconce"))
+        .current_dir(root.path())
+        .args(["classify", "--files-from", "-", "--format", "jsonl"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = child.stdin.take().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    writeln!(input, "photos/cat.png").unwrap();
+    assert!(lines.next().unwrap().unwrap().contains("photos/cat.png"));
+    fs::remove_file(folder.join("coffee.png")).unwrap();
+    writeln!(input, "photos/coffee.png\nphotos/photographer.png").unwrap();
+    drop(input);
+    let error = lines.next().unwrap().unwrap();
+    assert!(
+        error.contains("photos/coffee.png") && error.contains("\"error\""),
+        "{error}"
+    );
+    assert!(lines.next().unwrap().unwrap().contains("\"top\""));
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+}

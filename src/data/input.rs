@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Stdin};
 use std::path::{Path, PathBuf};
 
-use walkdir::WalkDir;
+use walkdir::{DirEntry, WalkDir};
 
 /// Endings by which images in folders are known.
 const EXTENSIONS: [&str; 19] = [
@@ -227,12 +227,18 @@ fn from_path(path: PathBuf) -> Several {
     }
 }
 
+fn whole(entry: &DirEntry) -> &[u8] {
+    entry.path().as_os_str().as_encoded_bytes()
+}
+
 /// Images below a folder, sorted, hidden files and folders left out, links followed.
 fn walk(folder: PathBuf) -> Several {
     let name = folder.display().to_string();
+    // All entries of a folder share what comes before their names: to compare paths whole is as good
+    // as to compare names, and takes half the time where there are a million.
     let mut entries = WalkDir::new(&folder)
         .follow_links(true)
-        .sort_by_file_name()
+        .sort_by(|a, b| whole(a).cmp(whole(b)))
         .into_iter()
         .filter_entry(|entry| {
             let hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
@@ -240,8 +246,19 @@ fn walk(folder: PathBuf) -> Several {
         })
         .filter_map(|entry| match entry {
             Ok(entry) => {
-                let image = entry.file_type().is_file() && is_image(entry.path());
-                image.then(|| Ok(Input::File(entry.into_path())))
+                let kind = entry.file_type();
+                if kind.is_dir() || !is_image(entry.path()) {
+                    return None;
+                }
+                if !kind.is_file() {
+                    // To open a pipe would wait for somebody to write to it.
+                    let name = entry.path().display().to_string();
+                    return Some(Err(InputError::new(
+                        name,
+                        "a pipe, socket or device, not a file",
+                    )));
+                }
+                Some(Ok(Input::File(entry.into_path())))
             }
             Err(error) => {
                 let name = error.path().map(|p| p.display().to_string());
