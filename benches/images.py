@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -69,24 +70,17 @@ def make(photos, out, count):
         folder.mkdir(parents=True, exist_ok=True)
         for index in range(count):
             target = folder / f"{index:04}.jpg"
-            jobs.append((files[index % len(files)], target, size, f"{size} {index}"))
-    jobs = [(s, t, size, abs(hash_of(name))) for s, t, size, name in jobs]
+            seed = zlib.crc32(f"{size} {index}".encode())
+            jobs.append((files[index % len(files)], target, size, seed))
     with multiprocessing.Pool() as pool:
         for _ in pool.imap_unordered(make_one, jobs, chunksize=4):
             pass
 
 
-def hash_of(name):
-    import zlib
-
-    return zlib.crc32(name.encode())
-
-
 def centre(width, height):
-    scale = 256 / min(width, height)
     # As torchvision's Resize: the long side is cut to a whole number of pixels.
     width, height = int(256 * width / min(width, height)), int(256 * height / min(width, height))
-    return (width, height), (round((width - 224) / 2), round((height - 224) / 2)), scale
+    return (width, height), (round((width - 224) / 2), round((height - 224) / 2))
 
 
 def normalized(pixels):
@@ -97,16 +91,20 @@ def normalized(pixels):
     return x.transpose(2, 0, 1)
 
 
-def pillow(path, draft=True):
+def crop(path, draft):
     import numpy as np
     from PIL import Image
 
     with Image.open(path) as image:
-        size, (left, top), _ = centre(*image.size)
+        size, (left, top) = centre(*image.size)
         if draft:
             image.draft("RGB", size)
         image = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
-    return normalized(np.asarray(image.crop((left, top, left + 224, top + 224))))
+    return np.asarray(image.crop((left, top, left + 224, top + 224)))
+
+
+def pillow(path):
+    return normalized(crop(path, draft=True))
 
 
 def torchvision(path):
@@ -115,7 +113,7 @@ def torchvision(path):
     from torchvision.transforms.v2 import functional as F
 
     image = decode_jpeg(read_file(str(path)), mode=ImageReadMode.RGB)
-    size, (left, top), _ = centre(image.shape[2], image.shape[1])
+    size, (left, top) = centre(image.shape[2], image.shape[1])
     image = F.resize(image, [size[1], size[0]], antialias=True)
     image = image[:, top : top + 224, left : left + 224].to(torch.float32) / 255
     return F.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]).numpy()
@@ -132,6 +130,11 @@ def session(network, threads):
     session = onnxruntime.InferenceSession(network, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda batch: session.run(None, {name: batch})[0].argmax(1)
+
+
+def export(network):
+    command = [SCONCE, "export", "--to", "onnx", "-o", network, "-q"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def chunks(items):
@@ -223,7 +226,7 @@ def sconce(folders, cores, *more):
 
 def measure(folders, rounds, cores):
     network = os.path.join(tempfile.mkdtemp(), "mobilenet_v2.onnx")
-    subprocess.run([SCONCE, "export", "--to", "onnx", "-o", network, "-q"], check=True, stdout=subprocess.DEVNULL)
+    export(network)
     python = [(s, d) for s in ("alone", "feed", "loader") for d in DECODERS]
     rates = {"sconce": [], "sconce --exact": []}
     rates |= {f"{decoder}, {shape}": [] for shape, decoder in python}
@@ -245,61 +248,59 @@ def measure(folders, rounds, cores):
 
 
 def compare(folders):
-    """Pixels and labels beside Pillow's, read without draft mode."""
+    """Pixels and labels beside Pillow's, which reads every picture whole."""
     import numpy as np
 
     network = os.path.join(tempfile.mkdtemp(), "mobilenet_v2.onnx")
-    subprocess.run([SCONCE, "export", "--to", "onnx", "-o", network, "-q"], check=True, stdout=subprocess.DEVNULL)
+    export(network)
     run = session(network, 2)
     paths = [str(path) for path in files_of(folders)]
     with tempfile.TemporaryDirectory() as out:
-        tensors = {}
-        for flags in ([], ["--exact"]):
-            name = os.path.join(out, f"pixels{len(flags)}.npy")
-            command = [str(SCONCE), "embed", *folders, "--layer", "input", "-o", name, "-q"]
-            subprocess.run(command + flags, check=True)
-            tensors[" ".join(["sconce", *flags])] = np.load(name, mmap_mode="r")
-        labels = {}
-        for flags in ([], ["--exact"]):
-            command = [str(SCONCE), "classify", *folders, "-k", "1", "--format", "jsonl", "-q"]
-            done = subprocess.run(command + flags, check=True, stdout=subprocess.PIPE)
-            lines = [json.loads(line) for line in done.stdout.splitlines()]
-            labels[" ".join(["sconce", *flags])] = {l["path"]: l["top"][0]["index"] for l in lines}
-        same = dict.fromkeys(labels, 0)
-        for path in paths:
-            expected = run(pillow(path, draft=False)[None])[0]
-            for name, found in labels.items():
-                same[name] += found[path] == expected
-    for name in labels:
-        print(f"{name}: same label on {same[name] / len(paths):.2%}")
+        expected = {}
+        with open(os.path.join(out, "crops"), "wb") as crops:
+            for batch in chunks(paths):
+                pixels = [crop(path, draft=False) for path in batch]
+                crops.writelines(pixels)
+                labels = run(np.stack([normalized(image) for image in pixels]))
+                expected |= dict(zip(batch, labels))
+        Path(out, "paths").write_text("\n".join(os.path.abspath(path) for path in paths))
+        command = ["cargo", "test", "--release", "-q", "--test", "pictures", "--", "--ignored"]
+        command += ["--nocapture", "crops_of_a_folder"]
+        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"SCONCE_CROPS": out})
+    for flags in ([], ["--exact"]):
+        command = [str(SCONCE), "classify", *folders, "-k", "1", "--format", "jsonl", "-q"]
+        done = subprocess.run(command + flags, check=True, stdout=subprocess.PIPE)
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        for least in (0, 0.3):
+            sure = [l for l in lines if l["top"][0]["probability"] >= least]
+            same = sum(l["top"][0]["index"] == expected[l["path"]] for l in sure)
+            name = " ".join(["sconce", *flags])
+            print(f"{name}: same label on {same} of {len(sure)} with a probability from {least}")
 
 
 def main():
-    forms = {"make": None, "compare": compare, "worker": worker}
-    if len(sys.argv) > 1 and sys.argv[1] == "worker":
-        worker(sys.argv[2:])
-        return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    if len(sys.argv) > 1 and sys.argv[1] == "make":
-        parser.add_argument("make")
-        parser.add_argument("photos", type=Path)
-        parser.add_argument("out", type=Path)
-        parser.add_argument("--count", type=int, default=700, help="of each size")
-        arguments = parser.parse_args()
-        make(arguments.photos, arguments.out, arguments.count)
-        return
-    if len(sys.argv) > 1 and sys.argv[1] == "compare":
-        compare(sys.argv[2:])
-        return
-    parser.add_argument("folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("arguments", nargs="+", metavar="FOLDER")
+    parser.add_argument("--count", type=int, default=700, help="JPEGs of each size to make")
     parser.add_argument("--size", type=int, choices=[width for width, _ in SIZES])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", type=int, default=2)
-    arguments = parser.parse_args()
-    folder = arguments.folder
-    if arguments.size:
-        folder = os.path.join(folder, str(arguments.size))
-    measure([folder], arguments.rounds, arguments.cores)
+    options = parser.parse_args()
+    match options.arguments:
+        case ["worker", *arguments]:
+            worker(arguments)
+        case ["make", photos, out]:
+            make(Path(photos), Path(out), options.count)
+        case ["compare", *folders]:
+            compare(folders)
+        case [folder]:
+            if options.size:
+                folder = os.path.join(folder, str(options.size))
+            measure([folder], options.rounds, options.cores)
+        case _:
+            parser.error("see --help for the three forms")
 
 
 if __name__ == "__main__":

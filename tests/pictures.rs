@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use common::{f32_tensor, golden, photo, repository};
 use image::{DynamicImage, GrayAlphaImage, GrayImage, ImageFormat, RgbImage, RgbaImage};
-use sconce::data::{Decoder, Rgb, crop_pixels, prepare};
+use sconce::data::{Decoder, Rgb, crop_pixels, crop_shrunk, prepare};
 use sconce::exec::cpu::Options;
 use sconce::models::{Interpolation, Preprocessing};
 use sconce::weights::{Request, WeightsChoice, resolve};
@@ -171,6 +171,36 @@ fn jpegs_read_at_a_part_of_their_size_are_the_means_of_their_pixels() {
         assert_eq!(picture.unwrap().by, 1, "{name}");
     }
     assert!(count > 30, "{count}");
+}
+
+/// The crops of many files beside Pillow's: `benches/images.py compare` makes them.
+#[test]
+#[ignore = "needs a folder of crops in SCONCE_CROPS"]
+fn crops_of_a_folder_are_near_pillows() {
+    let folder = PathBuf::from(std::env::var("SCONCE_CROPS").unwrap());
+    let paths = std::fs::read_to_string(folder.join("paths")).unwrap();
+    let crops = std::fs::read(folder.join("crops")).unwrap();
+    let preprocessing = Preprocessing::torchvision(256, 224);
+    for (exact, most) in [(false, 0.02), (true, 0.005)] {
+        let decoder = Decoder { exact, ..DECODER };
+        let (mut sum, mut worst) = (0.0, 0.0_f64);
+        for (path, crop) in paths.lines().zip(crops.chunks(224 * 224 * 3)) {
+            let file = std::fs::read(path).unwrap();
+            let picture = decoder.decode_for(&preprocessing, &file).unwrap();
+            let pixels = crop_shrunk(&picture, &preprocessing);
+            let std = preprocessing.std.map(|s| f64::from(s) * 255.0);
+            let differences = pixels.iter().zip(crop).enumerate();
+            let total: f64 = differences
+                .map(|(i, (a, b))| f64::from(a.abs_diff(*b)) / std[i % 3])
+                .sum();
+            let mean = total / crop.len() as f64;
+            sum += mean;
+            worst = worst.max(mean);
+        }
+        let mean = sum / paths.lines().count() as f64;
+        println!("exact {exact}: mean difference {mean:.4}, of one picture at most {worst:.4}");
+        assert!(mean <= most, "{mean}");
+    }
 }
 
 /// Every JPEG cut off at every byte, or with a bit of it turned over: read, or refused as the plain
