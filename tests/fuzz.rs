@@ -54,9 +54,10 @@ static ALONE: Mutex<()> = Mutex::new(());
 const MEMORY_PER_BYTE: usize = 64;
 const MEMORY: usize = 8 << 20;
 
-/// Of a picture of a million pixels: four channels of 16 bits, what it is converted to, and what
-/// decoders may take beside.
-const PICTURE_MEMORY: usize = (16 + 64) << 20;
+/// Of a picture of a million pixels: four channels of 16 bits and what decoders may take beside, for
+/// each of two buffers, and what it is converted to; or the 256 MiB that the TIFF decoder may reserve
+/// (and not touch) for the values of a tag before the picture's size is known.
+const PICTURE_MEMORY: usize = 264 << 20;
 
 type Reader = fn(&[u8]);
 

@@ -339,3 +339,33 @@ fn photos_give_the_references_logits_with_published_weights() {
         }
     }
 }
+
+#[test]
+fn kinds_that_are_not_read_are_named() {
+    let file = std::fs::read(repository("tests/images/odd-420.jpg")).unwrap();
+    let frame = file.windows(2).position(|w| w == [0xff, 0xc0]).unwrap();
+    let changed = |at: usize, value: u8| {
+        let mut bytes = file.clone();
+        bytes[frame + at] = value;
+        bytes
+    };
+    let container = |brand: &[u8]| [b"\0\0\0\x20ftyp".as_slice(), brand, &[0; 20]].concat();
+    for (bytes, expected) in [
+        (changed(4, 12), "12-bit JPEG images are not read"),
+        (
+            changed(1, 0xc9),
+            "arithmetic-coded JPEG images are not read",
+        ),
+        (changed(1, 0xc3), "lossless JPEG images are not read"),
+        (container(b"avif"), "AVIF images are not read"),
+        (container(b"heic"), "HEIC images are not read"),
+        (vec![0xff, 0x0a, 1, 2, 3], "JPEG XL images are not read"),
+        (
+            b"<svg></svg>".to_vec(),
+            "not an image in a format that is read",
+        ),
+    ] {
+        let error = DECODER.decode(&bytes).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}

@@ -50,7 +50,7 @@ pub enum ImageError {
     Empty,
     #[error("not an image in a format that is read (JPEG, PNG, WebP, GIF, BMP, TIFF, QOI, PNM)")]
     UnknownFormat,
-    #[error("{0} images are not read (convert it to JPEG or PNG first)")]
+    #[error("{0} images are not read (convert it to a plain JPEG or PNG first)")]
     UnreadFormat(&'static str),
     #[error("{width} x {height} pixels are more than {limit} (raise --max-pixels to read it)")]
     TooLarge { width: u32, height: u32, limit: u64 },
@@ -73,7 +73,7 @@ pub struct Decoder {
 }
 
 /// Memory that a decoder may take beyond the picture itself.
-const DECODER_SLACK: u64 = 64 << 20;
+const DECODER_SLACK: u64 = 16 << 20;
 /// Largest picture in memory: four channels of 16 bits.
 const BYTES_PER_PIXEL: u64 = 8;
 
@@ -198,11 +198,14 @@ impl Decoder {
         let Some(format) = reader.format() else {
             return Err(ImageError::UnknownFormat);
         };
-        let mut limits = Limits::no_limits();
-        let pixels = self.max_pixels.saturating_mul(BYTES_PER_PIXEL);
-        limits.max_alloc = Some(pixels.saturating_add(DECODER_SLACK));
-        reader.limits(limits);
-        let decoder = reader.into_decoder().map_err(describe)?;
+        let within = |pixels: u64| {
+            let mut limits = Limits::no_limits();
+            let bytes = pixels.saturating_mul(BYTES_PER_PIXEL);
+            limits.max_alloc = Some(bytes.saturating_add(DECODER_SLACK));
+            limits
+        };
+        reader.limits(within(self.max_pixels));
+        let mut decoder = reader.into_decoder().map_err(describe)?;
         let (width, height) = decoder.dimensions();
         if width == 0 || height == 0 {
             return Err(ImageError::Broken("an image without pixels".into()));
@@ -214,6 +217,9 @@ impl Decoder {
                 limit: self.max_pixels,
             });
         }
+        // No more than a picture of that size may take, however its parts are declared.
+        let limits = within(u64::from(width) * u64::from(height));
+        decoder.set_limits(limits).map_err(describe)?;
         Ok((format, decoder))
     }
 
@@ -295,6 +301,11 @@ fn describe(error: image::ImageError) -> ImageError {
 
 /// Formats that people have and that are not read, by their first bytes.
 fn unread_format(bytes: &[u8]) -> Option<&'static str> {
+    match bytes {
+        [0xff, 0x0a, ..] | [0, 0, 0, 12, b'J', b'X', b'L', b' ', ..] => return Some("JPEG XL"),
+        [0xff, 0xd8, ..] => return unread_jpeg(bytes),
+        _ => {}
+    }
     let brand = bytes.get(4..12)?;
     match brand.strip_prefix(b"ftyp")? {
         b"avif" | b"avis" => Some("AVIF"),
@@ -303,26 +314,47 @@ fn unread_format(bytes: &[u8]) -> Option<&'static str> {
     }
 }
 
+/// The segments of a JPEG before its first scan: marker, and where what follows it begins.
+fn jpeg_segments(bytes: &[u8]) -> impl Iterator<Item = (u8, usize)> {
+    let mut at = 2;
+    std::iter::from_fn(move || {
+        while let Some([0xff, 0xff]) = bytes.get(at..at + 2) {
+            at += 1;
+        }
+        let &[0xff, marker, high, low] = bytes.get(at..at + 4)? else {
+            return None;
+        };
+        let body = at + 4;
+        at += 2 + usize::from(u16::from_be_bytes([high, low]));
+        Some((marker, body))
+    })
+}
+
+const START_OF_SCAN: u8 = 0xda;
+
+/// Kinds of JPEG that are not read, by the marker of the frame.
+fn unread_jpeg(bytes: &[u8]) -> Option<&'static str> {
+    let (marker, body) = jpeg_segments(bytes).find(|&(marker, _)| {
+        marker == START_OF_SCAN
+            || matches!(marker, 0xc0..=0xcf) && ![0xc4, 0xc8, 0xcc].contains(&marker)
+    })?;
+    match marker {
+        0xc0..=0xc2 if bytes.get(body) == Some(&12) => Some("12-bit JPEG"),
+        0xc3 | 0xc7 | 0xcb | 0xcf => Some("lossless JPEG"),
+        0xc9 | 0xca | 0xcd | 0xce => Some("arithmetic-coded JPEG"),
+        _ => None,
+    }
+}
+
 /// Whether a JPEG's compressed data goes on to the end marker. The decoder fills what is missing
 /// with grey, without a word.
 fn jpeg_has_end(bytes: &[u8]) -> bool {
-    const START_OF_SCAN: u8 = 0xda;
     // Segments before the first scan have lengths; a thumbnail in one has an end marker of its own.
-    let mut at = 2;
-    loop {
-        match bytes.get(at..at + 4) {
-            Some(&[0xff, 0xff, ..]) => at += 1,
-            Some(&[0xff, marker, high, low]) => {
-                at += 2 + usize::from(u16::from_be_bytes([high, low]));
-                if marker == START_OF_SCAN {
-                    break;
-                }
-            }
-            _ => return false,
-        }
-    }
-    let scan = bytes.get(at..).unwrap_or_default();
-    scan.windows(2).any(|pair| pair == [0xff, 0xd9])
+    let Some((_, scan)) = jpeg_segments(bytes).find(|&(marker, _)| marker == START_OF_SCAN) else {
+        return false;
+    };
+    let scan = bytes.get(scan..).unwrap_or_default();
+    memchr::memmem::find(scan, &[0xff, 0xd9]).is_some()
 }
 
 /// A colour: a common name, `#rgb` or `#rrggbb`.
