@@ -19,6 +19,17 @@ pub struct Rgb {
     pub pixels: Vec<u8>,
 }
 
+impl Rgb {
+    fn into_dynamic(self) -> Result<DynamicImage, ImageError> {
+        let side = |side: usize| u32::try_from(side).ok();
+        let image = side(self.width)
+            .zip(side(self.height))
+            .and_then(|(width, height)| RgbImage::from_raw(width, height, self.pixels));
+        let broken = || ImageError::Broken("its size is not that of its pixels".into());
+        image.map(DynamicImage::from).ok_or_else(broken)
+    }
+}
+
 /// A picture for a network: whole, or read at a part of its size.
 #[derive(Clone, Debug)]
 pub struct Shrunk {
@@ -94,8 +105,12 @@ impl Decoder {
         guarded(|| {
             let (format, mut decoder) = self.open(bytes)?;
             let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-            let mut image = DynamicImage::from_decoder(decoder).map_err(describe)?;
-            if format == ImageFormat::Jpeg && !jpeg_has_end(bytes) {
+            let jpeg = format == ImageFormat::Jpeg;
+            let mut image = match jpeg.then(|| jpeg::read(bytes, 1)).flatten() {
+                Some(image) => image.into_dynamic()?,
+                None => DynamicImage::from_decoder(decoder).map_err(describe)?,
+            };
+            if jpeg && !jpeg_has_end(bytes) {
                 return Err(ImageError::Truncated);
             }
             image.apply_orientation(orientation);
@@ -167,9 +182,7 @@ impl Decoder {
         // Planes, picture, the file and its data.
         let cells = u64::from(width) * u64::from(height) / (by * by) as u64;
         let _share = budget.take(cells * 6 + 2 * bytes.len() as u64);
-        let image = jpeg::reduced(bytes, by)?;
-        let size = [image.width, image.height].map(|side| side as u32);
-        let mut image = DynamicImage::from(RgbImage::from_raw(size[0], size[1], image.pixels)?);
+        let mut image = jpeg::read(bytes, by)?.into_dynamic().ok()?;
         image.apply_orientation(orientation);
         use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};
         let (width, height) = match orientation {

@@ -1,14 +1,16 @@
-//! JPEGs read at a half, a quarter or an eighth of their size.
+//! JPEGs, whole or read at a half, a quarter or an eighth of their size.
+//!
+//! Whole, every pixel is the one that libjpeg gives, and so Pillow and torchvision: its inverse
+//! transform in 13 bits after Loeffler, Ligtenberg and Moschytz (ICASSP 1989), its triangle filter where
+//! chrominance is stored at half the size, its rounding of colours.
 //!
 //! A photo of 12 million pixels is mostly thrown away when it is made 224 wide. Its blocks of 8 x 8
 //! pixels are stored as cosines, and the mean of a cell of pixels is a weighted sum of a block's
 //! coefficients; at an eighth it is the first coefficient alone. So only the coefficients that matter
 //! are taken, weighted and added up, and the rest of the block is stepped over, several symbols of its
 //! Huffman code at once. What is left is the cost of the code itself: a third of that of a whole
-//! decode.
-//!
-//! Chrominance that is stored at half the size is read at twice the scale, so that all planes come out
-//! alike. The cells are true means, as the antialiased resizing that follows would take them.
+//! decode. Chrominance that is stored at half the size is read at twice the scale, so that all planes
+//! come out alike. The cells are true means, as the antialiased resizing that follows would take them.
 //!
 //! Read are baseline and extended Huffman-coded JPEGs of 8 bits, grey or YCbCr, which is nearly all
 //! that there are. Of any other file, and of one in which anything is odd, nothing is said here: it is
@@ -57,15 +59,16 @@ const fn zigzag() -> [(u8, u8); COEFFICIENTS] {
     order
 }
 
-/// The picture made smaller `by` 2, 4 or 8, each pixel the mean of `by` x `by`; a part of one at the
-/// right and the bottom edge counts as one. None where another decoder has to look at the file.
-pub(super) fn reduced(bytes: &[u8], by: usize) -> Option<Rgb> {
+/// The picture, whole where `by` is 1, or made smaller by 2, 4 or 8, each pixel then the mean of `by` x
+/// `by`; a part of one at the right and the bottom edge counts as one. None where another decoder has
+/// to look at the file.
+pub(super) fn read(bytes: &[u8], by: usize) -> Option<Rgb> {
     let mut file = File {
         bytes,
         by,
         ..File::default()
     };
-    file.read()?;
+    file.segments()?;
     Isa::detect().compiled(
         #[inline(always)]
         || file.finish(),
@@ -99,15 +102,84 @@ struct Component {
     quantization: usize,
     /// Blocks of the plane, in whole MCUs.
     blocks: [usize; 2],
-    /// Cells that a block becomes.
+    /// Cells that a block becomes; of a whole picture, its pixels.
     cells: [usize; 2],
+    /// Of a whole picture: how many pixels of it lie side by side for one of the plane, and how many
+    /// of the plane count.
+    spread: [usize; 2],
+    size: [usize; 2],
     plane: Vec<u8>,
     read: bool,
+}
+
+impl Component {
+    /// The plane's part of a row of the picture; `sums` is for its own use.
+    #[inline(always)]
+    fn row(&self, y: usize, row: &mut [u8], sums: &mut Vec<i32>) -> Option<()> {
+        let stride = self.blocks[0] * self.cells[0];
+        let line = |y: usize| self.plane.get(y * stride..(y + 1) * stride);
+        let [across, down] = self.spread;
+        let [width, height] = self.size;
+        let own = line(y / down)?;
+        if self.spread == [1, 1] {
+            row.copy_from_slice(own.get(..row.len())?);
+            return Some(());
+        }
+        // Three quarters of each value come from the nearer one, across and down. All is rounded once,
+        // in turn up and down; what is two wide is only repeated.
+        sums.clear();
+        let (shift, first, second) = if down == 1 || (across == 2 && width <= 2) {
+            sums.extend(own.iter().take(width).map(|&v| i32::from(v)));
+            (2, 1, 2)
+        } else {
+            let near = match y % 2 {
+                0 => (y / 2).saturating_sub(1),
+                _ => (y / 2 + 1).min(height - 1),
+            };
+            let pairs = own.iter().zip(line(near)?).take(width);
+            sums.extend(pairs.map(|(&own, &near)| 3 * i32::from(own) + i32::from(near)));
+            (4, 8, 7)
+        };
+        if across == 1 {
+            let round = 1 + (y % 2) as i32;
+            for (out, sum) in row.iter_mut().zip(&*sums) {
+                *out = ((sum + round) >> 2) as u8;
+            }
+            return Some(());
+        }
+        if width <= 2 {
+            for (pair, &sum) in row.chunks_mut(2).zip(&*sums) {
+                pair.fill(sum as u8);
+            }
+            return Some(());
+        }
+        let mut pairs = vec![[0; 2]; width];
+        for (at, three) in sums.windows(3).enumerate() {
+            pairs[at + 1] = [
+                ((3 * three[1] + three[0] + first) >> shift) as u8,
+                ((3 * three[1] + three[2] + second) >> shift) as u8,
+            ];
+        }
+        let [start, next] = [sums[0], sums[1]];
+        let [before, end] = [sums[width - 2], sums[width - 1]];
+        pairs[0] = [
+            ((4 * start + first) >> shift) as u8,
+            ((3 * start + next + second) >> shift) as u8,
+        ];
+        pairs[width - 1] = [
+            ((3 * end + before + first) >> shift) as u8,
+            ((4 * end + second) >> shift) as u8,
+        ];
+        row.copy_from_slice(pairs.as_flattened().get(..row.len())?);
+        Some(())
+    }
 }
 
 /// A component while a scan is read.
 struct Scanned<'a> {
     component: usize,
+    /// What its coefficients are multiplied by, where the picture is read whole.
+    steps: Option<&'a [u16; COEFFICIENTS]>,
     dc: &'a Code,
     ac: &'a Code,
     /// For each coefficient, what one of it adds to each cell: `[64, cells]`.
@@ -123,7 +195,7 @@ fn pair(bytes: &[u8], at: usize) -> Option<usize> {
 
 impl File<'_> {
     /// Reads all segments, to the end marker.
-    fn read(&mut self) -> Option<()> {
+    fn segments(&mut self) -> Option<()> {
         let bytes = self.bytes;
         let mut at = 2;
         if bytes.get(..2)? != [0xff, 0xd8] {
@@ -181,13 +253,21 @@ impl File<'_> {
         ];
         let component = |&[id, factors, quantization]: &[u8; 3]| {
             let sampling = sampling(factors);
-            let mut cells = [0; 2];
+            let (mut cells, mut spread, mut size) = ([0; 2], [1; 2], [0; 2]);
             for axis in 0..2 {
                 let (most, own) = (SIDE * largest[axis], sampling[axis] * self.by);
                 if own == 0 || sampling[axis] > 4 || most % own != 0 {
                     return None;
                 }
                 cells[axis] = most / own;
+                if self.by == 1 {
+                    spread[axis] = cells[axis] / SIDE;
+                    cells[axis] = SIDE;
+                }
+                size[axis] = ([width, height][axis] * sampling[axis]).div_ceil(largest[axis]);
+                if spread[axis] > 2 {
+                    return None;
+                }
                 // Of a component at a quarter, a cell at half the size were more than a pixel.
                 if ![1, 2, 4, 8].contains(&cells[axis]) {
                     return None;
@@ -200,6 +280,8 @@ impl File<'_> {
                 quantization: usize::from(quantization),
                 blocks,
                 cells,
+                spread,
+                size,
                 plane: vec![0; blocks[0] * cells[0] * blocks[1] * cells[1]],
                 read: false,
             })
@@ -276,11 +358,17 @@ impl File<'_> {
                 return None;
             }
             let table = self.quantization.get(plane.quantization)?.as_ref()?;
+            let whole = self.by == 1;
             scanned.push(Scanned {
                 component,
+                steps: whole.then_some(table),
                 dc: self.dc.get(usize::from(tables >> 4))?.as_deref()?,
                 ac: self.ac.get(usize::from(tables & 15))?.as_deref()?,
-                weights: weights(table, plane.cells),
+                weights: if whole {
+                    Vec::new()
+                } else {
+                    weights(table, plane.cells)
+                },
                 before: 0,
             });
         }
@@ -329,25 +417,21 @@ impl File<'_> {
             frame.height.div_ceil(self.by),
         );
         let mut pixels = vec![0; width * height * 3];
-        let planes: Vec<(&[u8], usize)> = frame
-            .components
-            .iter()
-            .map(|c| (c.plane.as_slice(), c.blocks[0] * c.cells[0]))
-            .collect();
+        let mut rows = vec![vec![0; width]; frame.components.len()];
+        let mut sums = Vec::new();
         for (y, line) in pixels.chunks_exact_mut(width * 3).enumerate() {
+            for (component, row) in frame.components.iter().zip(&mut rows) {
+                component.row(y, row, &mut sums)?;
+            }
             let (line, _) = line.as_chunks_mut::<3>();
-            let rows: Vec<&[u8]> = planes
-                .iter()
-                .map(|(plane, stride)| plane.get(y * stride..)?.get(..width))
-                .collect::<Option<_>>()?;
             match rows.as_slice() {
                 [grey] => {
-                    for (pixel, &value) in line.iter_mut().zip(*grey) {
+                    for (pixel, &value) in line.iter_mut().zip(grey) {
                         *pixel = [value; 3];
                     }
                 }
                 [y, cb, cr] => {
-                    let values = y.iter().zip(*cb).zip(*cr);
+                    let values = y.iter().zip(cb).zip(cr);
                     for (pixel, ((&y, &cb), &cr)) in line.iter_mut().zip(values) {
                         *pixel = rgb(y, cb, cr);
                     }
@@ -710,6 +794,9 @@ impl<'a> Bits<'a> {
         let place = component
             .plane
             .get_mut(row * down * stride + column * across..)?;
+        if let Some(steps) = scanned.steps {
+            return self.pixels(scanned, steps, place, stride);
+        }
         match [across, down] {
             [1, 1] => self.cells::<1, 1>(scanned, place, stride),
             [1, 2] => self.cells::<1, 2>(scanned, place, stride),
@@ -725,40 +812,26 @@ impl<'a> Bits<'a> {
         }
     }
 
-    /// Reads a block as the means of its cells.
+    /// The first coefficient of a block, by its difference from the one before.
     #[inline(always)]
-    fn cells<const ACROSS: usize, const DOWN: usize>(
-        &mut self,
-        scanned: &mut Scanned,
-        place: &mut [u8],
-        stride: usize,
-    ) -> Option<()> {
-        let (weights, _) = scanned.weights.as_chunks::<ACROSS>();
-        let (weights, _) = weights.as_chunks::<DOWN>();
-        let weights: &[[[f32; ACROSS]; DOWN]; COEFFICIENTS] = weights.first_chunk()?;
-        // The last coefficient that tells much. The even ones but the first have a mean of 0 over four
-        // pixels, so that after the fifth (the first of both directions) comes little.
-        let last = match ACROSS.max(DOWN) {
-            1 => 0,
-            2 => 4,
-            _ => COEFFICIENTS - 1,
-        };
+    fn first(&mut self, scanned: &mut Scanned) -> Option<i32> {
         self.refill()?;
         let size = self.symbol(scanned.dc)?;
         if size > 11 {
             return None;
         }
         scanned.before = scanned.before.checked_add(self.value(u32::from(size)))?;
-        let first = scanned.before as f32;
-        // Loops rather than maps over arrays, which are not always made part of the function that
-        // is compiled for the machine.
-        let mut sums = [[128.0; ACROSS]; DOWN];
-        for row in 0..DOWN {
-            for column in 0..ACROSS {
-                sums[row][column] += weights[0][row][column] * first;
-            }
-        }
-        let code = scanned.ac;
+        Some(scanned.before)
+    }
+
+    /// Hands on the coefficients after the first, up to `last`, and gives the position that comes next.
+    #[inline(always)]
+    fn coefficients(
+        &mut self,
+        code: &Code,
+        last: usize,
+        mut each: impl FnMut(usize, i32),
+    ) -> Option<usize> {
         let mut at = 1;
         while at <= last {
             self.refill()?;
@@ -771,10 +844,7 @@ impl<'a> Bits<'a> {
                 let symbol = self.symbol(code)?;
                 let (run, size) = (usize::from(symbol >> 4), u32::from(symbol & 15));
                 match (run, size) {
-                    (0, 0) => {
-                        at = COEFFICIENTS;
-                        break;
-                    }
+                    (0, 0) => return Some(COEFFICIENTS),
                     (15, 0) => {
                         at += 16;
                         continue;
@@ -784,14 +854,82 @@ impl<'a> Bits<'a> {
                 }
                 self.value(size)
             };
-            let weights = weights.get(at)?;
-            for row in 0..DOWN {
-                for column in 0..ACROSS {
-                    sums[row][column] += weights[row][column] * value as f32;
-                }
+            if at >= COEFFICIENTS {
+                return None;
             }
+            each(at, value);
             at += 1;
         }
+        Some(at)
+    }
+
+    /// Reads a block as its pixels.
+    #[inline(always)]
+    fn pixels(
+        &mut self,
+        scanned: &mut Scanned,
+        steps: &[u16; COEFFICIENTS],
+        place: &mut [u8],
+        stride: usize,
+    ) -> Option<()> {
+        let mut block = [[0; SIDE]; SIDE];
+        block[0][0] = self.first(scanned)?.wrapping_mul(i32::from(steps[0]));
+        let mut plain = true;
+        let at = self.coefficients(scanned.ac, COEFFICIENTS - 1, |at, value| {
+            let (row, column) = ZIGZAG[at];
+            block[usize::from(row)][usize::from(column)] = value.wrapping_mul(i32::from(steps[at]));
+            plain = false;
+        })?;
+        if at > COEFFICIENTS {
+            return None;
+        }
+        let pixels = if plain {
+            let value = (block[0][0].wrapping_add(4) >> 3).saturating_add(128);
+            [[value.clamp(0, 255) as u8; SIDE]; SIDE]
+        } else {
+            inverse(block)
+        };
+        for (row, pixels) in pixels.iter().enumerate() {
+            *place.get_mut(row * stride..)?.first_chunk_mut()? = *pixels;
+        }
+        Some(())
+    }
+
+    /// Reads a block as the means of its cells.
+    #[inline(always)]
+    fn cells<const ACROSS: usize, const DOWN: usize>(
+        &mut self,
+        scanned: &mut Scanned,
+        place: &mut [u8],
+        stride: usize,
+    ) -> Option<()> {
+        let first = self.first(scanned)? as f32;
+        let (weights, _) = scanned.weights.as_chunks::<ACROSS>();
+        let (weights, _) = weights.as_chunks::<DOWN>();
+        let weights: &[[[f32; ACROSS]; DOWN]; COEFFICIENTS] = weights.first_chunk()?;
+        // The last coefficient that tells much. The even ones but the first have a mean of 0 over four
+        // pixels, so that after the fifth (the first of both directions) comes little.
+        let last = match ACROSS.max(DOWN) {
+            1 => 0,
+            2 => 4,
+            _ => COEFFICIENTS - 1,
+        };
+        // Loops rather than maps over arrays, which are not always made part of the function that
+        // is compiled for the machine.
+        let mut sums = [[128.0; ACROSS]; DOWN];
+        for row in 0..DOWN {
+            for column in 0..ACROSS {
+                sums[row][column] += weights[0][row][column] * first;
+            }
+        }
+        let code = scanned.ac;
+        let mut at = self.coefficients(code, last, |at, value| {
+            for row in 0..DOWN {
+                for column in 0..ACROSS {
+                    sums[row][column] += weights[at][row][column] * value as f32;
+                }
+            }
+        })?;
         while at < COEFFICIENTS {
             self.refill()?;
             let step = code.several[(self.next >> (64 - LOOKUP_BITS)) as usize];
@@ -823,5 +961,70 @@ impl<'a> Bits<'a> {
             }
         }
         Some(())
+    }
+}
+
+/// Bits of the constants of the transform, and of what the first pass keeps of its fractions.
+const CONSTANT: i32 = 13;
+const KEPT: i32 = 2;
+
+/// The pixels of a block of coefficients (rows of vertical frequencies), as libjpeg's accurate integer
+/// transform gives them: columns first, then rows.
+#[inline(always)]
+fn inverse(mut block: [[i32; SIDE]; SIDE]) -> [[u8; SIDE]; SIDE] {
+    pass(&mut block, CONSTANT - KEPT);
+    let mut turned = [[0; SIDE]; SIDE];
+    for row in 0..SIDE {
+        for column in 0..SIDE {
+            turned[column][row] = block[row][column];
+        }
+    }
+    pass(&mut turned, CONSTANT + KEPT + 3);
+    let mut pixels = [[0; SIDE]; SIDE];
+    for row in 0..SIDE {
+        for column in 0..SIDE {
+            pixels[row][column] = turned[column][row].saturating_add(128).clamp(0, 255) as u8;
+        }
+    }
+    pixels
+}
+
+/// The inverse transform of every column, rounded to `shift` bits less.
+#[inline(always)]
+fn pass(block: &mut [[i32; SIDE]; SIDE], shift: i32) {
+    let round = 1 << (shift - 1);
+    for column in 0..SIDE {
+        let at = |row: usize| block[row][column];
+        let by = |value: i32, constant: i32| value.wrapping_mul(constant);
+        // Even frequencies: a rotation by 3/8 of a right angle, and butterflies.
+        let both = by(at(2).wrapping_add(at(6)), 4_433);
+        let low = both.wrapping_add(by(at(2), 6_270));
+        let high = both.wrapping_sub(by(at(6), 15_137));
+        let sum = at(0).wrapping_add(at(4)).wrapping_shl(CONSTANT as u32);
+        let difference = at(0).wrapping_sub(at(4)).wrapping_shl(CONSTANT as u32);
+        let even = [
+            sum.wrapping_add(low),
+            difference.wrapping_add(high),
+            difference.wrapping_sub(high),
+            sum.wrapping_sub(low),
+        ];
+        // Odd frequencies: what pairs of them have in common is multiplied once.
+        let (a, b, c, d) = (at(7), at(5), at(3), at(1));
+        let all = by(a.wrapping_add(c).wrapping_add(b).wrapping_add(d), 9_633);
+        let ad = by(a.wrapping_add(d), -7_373);
+        let bc = by(b.wrapping_add(c), -20_995);
+        let ac = by(a.wrapping_add(c), -16_069).wrapping_add(all);
+        let bd = by(b.wrapping_add(d), -3_196).wrapping_add(all);
+        let odd = [
+            by(d, 12_299).wrapping_add(ad).wrapping_add(bd),
+            by(c, 25_172).wrapping_add(bc).wrapping_add(ac),
+            by(b, 16_819).wrapping_add(bc).wrapping_add(bd),
+            by(a, 2_446).wrapping_add(ad).wrapping_add(ac),
+        ];
+        for row in 0..4 {
+            let (even, odd) = (even[row].wrapping_add(round), odd[row]);
+            block[row][column] = even.wrapping_add(odd) >> shift;
+            block[SIDE - 1 - row][column] = even.wrapping_sub(odd) >> shift;
+        }
     }
 }
