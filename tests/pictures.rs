@@ -46,6 +46,12 @@ fn png(crop: &Crop) -> Vec<u8> {
     bytes.into_inner()
 }
 
+/// FNV-1a, in hexadecimal.
+fn hashed(bytes: &[u8]) -> String {
+    let step = |hash: u64, &byte: &u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    format!("{:016x}", bytes.iter().fold(0xcbf2_9ce4_8422_2325, step))
+}
+
 #[test]
 fn preprocessed_png_files_equal_torchvisions_bit_for_bit() {
     let crops: Vec<Crop> = serde_json::from_slice(&golden("crops.json")).unwrap();
@@ -57,17 +63,12 @@ fn preprocessed_png_files_equal_torchvisions_bit_for_bit() {
             ..Preprocessing::torchvision(crop.resize, crop.crop)
         };
         let pixels = crop_pixels(&image, &preprocessing);
-        let hash = pixels
-            .iter()
-            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| {
-                (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-            });
         let what = format!(
             "{} x {} x {}, {:?} to {}",
             crop.height, crop.width, crop.channels, crop.interpolation, crop.resize
         );
         assert_eq!(pixels[..crop.first.len()], crop.first, "{what}");
-        assert_eq!(format!("{hash:016x}"), crop.hash, "{what}");
+        assert_eq!(hashed(&pixels), crop.hash, "{what}");
     }
 }
 
@@ -105,6 +106,25 @@ fn every_kind_of_file_is_read_as_pillow_reads_it() {
         }
     }
     assert!(failures.is_empty(), "{failures:#?}");
+}
+
+#[derive(serde::Deserialize)]
+struct Jpeg {
+    name: String,
+    jpeg: String,
+    hash: String,
+}
+
+#[test]
+fn jpegs_of_many_shapes_are_read_bit_for_bit_as_libjpeg_reads_them() {
+    use base64::Engine;
+    let jpegs: Vec<Jpeg> = serde_json::from_slice(&golden("jpegs.json")).unwrap();
+    assert!(jpegs.len() > 200);
+    for Jpeg { name, jpeg, hash } in jpegs {
+        let bytes = base64::prelude::BASE64_STANDARD.decode(jpeg).unwrap();
+        let image = DECODER.decode(&bytes).unwrap();
+        assert_eq!(hashed(&image.pixels), hash, "{name}");
+    }
 }
 
 /// Settings for which pictures of that size are read at one part in `by` of theirs.

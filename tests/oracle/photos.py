@@ -6,9 +6,12 @@ photos of assets/, and Pillow's convert("RGB") on every kind of file that is rea
 
 with the published file, EfficientNet-Lite0 under timm's names (`sconce export`) and what
 weights/convert.py makes of TensorFlow's MobileNetV1;
-writes tests/images/ (small files), tests/golden/{crops.json,photos.safetensors,images.safetensors}.
+writes tests/images/ (small files) and, of tests/golden/, crops.json, jpegs.json, photos.safetensors and
+images.safetensors.
 """
 
+import base64
+import io
 import json
 import sys
 from pathlib import Path
@@ -172,7 +175,42 @@ def images():
     print(len(tensors), "images")
 
 
+# Sampling factors of luminance; chrominance has 1 x 1.
+SAMPLINGS = {"444": 0x111111, "422": 0x211111, "420": 0x221111, "440": 0x121111}
+
+
+def jpegs():
+    """Small JPEGs of many shapes, samplings, qualities and restart intervals, by OpenCV, with a hash of
+    what Pillow makes of each."""
+    import cv2
+
+    rows = []
+    for index in range(240):
+        draw = [int(v * 2**20) for v in formula.uniform(f"jpeg {index}", 8) % 1]
+        # A few pixels, or several blocks.
+        height, width = [1 + d % (9 if index % 3 == 0 else 67) for d in draw[:2]]
+        small = picture(f"jpeg {index}", 2 + height // 4, 2 + width // 4, 3)
+        pixels = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+        name = list(SAMPLINGS)[index % 4]
+        settings = [
+            cv2.IMWRITE_JPEG_QUALITY, [30, 75, 90, 100][draw[2] % 4],
+            cv2.IMWRITE_JPEG_OPTIMIZE, draw[3] % 2,
+            cv2.IMWRITE_JPEG_RST_INTERVAL, [0, 0, 1, 3][draw[4] % 4],
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR, SAMPLINGS[name],
+        ]  # fmt: skip
+        _, data = cv2.imencode(".jpg", pixels[..., 0] if draw[5] % 10 == 0 else pixels, settings)
+        with Image.open(io.BytesIO(data)) as image:
+            read = np.asarray(image.convert("RGB"))
+        rows.append({
+            "name": f"{name} {height}x{width}", "jpeg": base64.b64encode(data).decode(),
+            "hash": f"{fnv1a(read.tobytes()):016x}",
+        })  # fmt: skip
+    text = ",\n".join(json.dumps(row) for row in rows)
+    (TESTS / "golden" / "jpegs.json").write_text(f"[\n{text}\n]\n")
+
+
 if __name__ == "__main__":
     crops()
+    jpegs()
     photos(*sys.argv[1:])
     images()
