@@ -105,8 +105,10 @@ impl Decoder {
         guarded(|| {
             let (format, mut decoder) = self.open(bytes)?;
             let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+            let (width, height) = decoder.dimensions();
+            let size = [width, height].map(|side| side as usize);
             let jpeg = format == ImageFormat::Jpeg;
-            let mut image = match jpeg.then(|| jpeg::read(bytes, 1)).flatten() {
+            let mut image = match jpeg.then(|| jpeg::read(bytes, size, 1)).flatten() {
                 Some(image) => image.into_dynamic()?,
                 None => DynamicImage::from_decoder(decoder).map_err(describe)?,
             };
@@ -168,11 +170,12 @@ impl Decoder {
         let (width, height) = decoder.dimensions();
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
         drop(decoder);
-        let mut by = reduction([width, height].map(|side| side as usize), preprocessing);
+        let size = [width, height].map(|side| side as usize);
+        let mut by = reduction(size, preprocessing);
         // Turned round, the parts of pixels at the right and the bottom would lie elsewhere.
         while by > 1
             && orientation != Orientation::NoTransforms
-            && [width, height].iter().any(|side| side % by as u32 != 0)
+            && size.iter().any(|side| side % by != 0)
         {
             by /= 2;
         }
@@ -182,7 +185,7 @@ impl Decoder {
         // Planes, picture, the file and its data.
         let cells = u64::from(width) * u64::from(height) / (by * by) as u64;
         let _share = budget.take(cells * 6 + 2 * bytes.len() as u64);
-        let mut image = jpeg::read(bytes, by)?.into_dynamic().ok()?;
+        let mut image = jpeg::read(bytes, size, by)?.into_dynamic().ok()?;
         image.apply_orientation(orientation);
         use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};
         let (width, height) = match orientation {

@@ -60,11 +60,12 @@ const fn zigzag() -> [(u8, u8); COEFFICIENTS] {
 }
 
 /// The picture, whole where `by` is 1, or made smaller by 2, 4 or 8, each pixel then the mean of `by` x
-/// `by`; a part of one at the right and the bottom edge counts as one. None where another decoder has
-/// to look at the file.
-pub(super) fn read(bytes: &[u8], by: usize) -> Option<Rgb> {
+/// `by`; a part of one at the right and the bottom edge counts as one. None where its width and height
+/// are not `size`, or another decoder has to look at the file.
+pub(super) fn read(bytes: &[u8], size: [usize; 2], by: usize) -> Option<Rgb> {
     let mut file = File {
         bytes,
+        size,
         by,
         ..File::default()
     };
@@ -78,6 +79,7 @@ pub(super) fn read(bytes: &[u8], by: usize) -> Option<Rgb> {
 #[derive(Default)]
 struct File<'a> {
     bytes: &'a [u8],
+    size: [usize; 2],
     by: usize,
     quantization: [Option<[u16; COEFFICIENTS]>; 4],
     dc: [Option<Box<Code>>; 4],
@@ -237,7 +239,7 @@ impl File<'_> {
         let (height, width) = (pair(body, 1)?, pair(body, 3)?);
         let (specifications, rest) = rest.as_chunks::<3>();
         let known = [1, 3].contains(&count) && specifications.len() == usize::from(count);
-        if self.frame.is_some() || !known || !rest.is_empty() || width == 0 || height == 0 {
+        if self.frame.is_some() || !known || !rest.is_empty() || [width, height] != self.size {
             return None;
         }
         let sampling = |byte: u8| match count {
