@@ -180,8 +180,8 @@ SAMPLINGS = {"444": 0x111111, "422": 0x211111, "420": 0x221111, "440": 0x121111}
 
 
 def jpegs():
-    """Small JPEGs of many shapes, samplings, qualities and restart intervals, by OpenCV, with a hash of
-    what Pillow makes of each."""
+    """Small JPEGs of many shapes, samplings, qualities and restart intervals, sequential and progressive,
+    by OpenCV, with a hash of what Pillow makes of each."""
     import cv2
 
     rows = []
@@ -195,6 +195,7 @@ def jpegs():
         settings = [
             cv2.IMWRITE_JPEG_QUALITY, [30, 75, 90, 100][draw[2] % 4],
             cv2.IMWRITE_JPEG_OPTIMIZE, draw[3] % 2,
+            cv2.IMWRITE_JPEG_PROGRESSIVE, draw[6] % 2,
             cv2.IMWRITE_JPEG_RST_INTERVAL, [0, 0, 1, 3][draw[4] % 4],
             cv2.IMWRITE_JPEG_SAMPLING_FACTOR, SAMPLINGS[name],
         ]  # fmt: skip
@@ -202,7 +203,7 @@ def jpegs():
         with Image.open(io.BytesIO(data)) as image:
             read = np.asarray(image.convert("RGB"))
         rows.append({
-            "name": f"{name} {height}x{width}", "jpeg": base64.b64encode(data).decode(),
+            "name": f"{name} {height}x{width}{' progressive' * (draw[6] % 2)}", "jpeg": base64.b64encode(data).decode(),
             "hash": f"{fnv1a(read.tobytes()):016x}",
         })  # fmt: skip
     text = ",\n".join(json.dumps(row) for row in rows)
