@@ -123,8 +123,9 @@ impl Decoder {
     /// Decodes once there is memory for it.
     pub(super) fn decode_within(&self, bytes: &[u8], budget: &Budget) -> Result<Rgb, ImageError> {
         let (width, height) = self.dimensions(bytes)?;
-        // The decoder's picture and its conversion to RGB, and the file.
-        let needed = u64::from(width) * u64::from(height) * 7 + bytes.len() as u64;
+        // The decoder's picture and its conversion to RGB, or a JPEG's coefficients, planes and picture;
+        // and the file.
+        let needed = u64::from(width) * u64::from(height) * 8 + 2 * bytes.len() as u64;
         let _share = budget.take(needed);
         self.decode(bytes)
     }
@@ -182,9 +183,9 @@ impl Decoder {
         if by == 1 {
             return None;
         }
-        // Planes, picture, the file and its data.
+        // Planes and picture, and the coefficients of a progressive one; the file and its data.
         let cells = u64::from(width) * u64::from(height) / (by * by) as u64;
-        let _share = budget.take(cells * 6 + 2 * bytes.len() as u64);
+        let _share = budget.take(cells * 20 + 2 * bytes.len() as u64);
         let mut image = jpeg::read(bytes, size, by)?.into_dynamic().ok()?;
         image.apply_orientation(orientation);
         use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};

@@ -13,8 +13,9 @@
 //! come out alike. The cells are true means, as the antialiased resizing that follows would take them.
 //!
 //! Read are baseline, extended and progressive Huffman-coded JPEGs of 8 bits, grey or YCbCr, which is
-//! nearly all that there are. Of any other file, and of one in which anything is odd, nothing is said here: it is
-//! for the ordinary decoder to read it or to tell what is wrong with it. The format is ITU-T T.81.
+//! nearly all that there are. Of any other file, and of one in which anything is odd, nothing is said
+//! here: it is for another decoder to read it or to tell what is wrong with it. The format is ITU-T
+//! T.81.
 
 mod bits;
 mod blocks;
