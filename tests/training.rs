@@ -277,7 +277,11 @@ fn candles_losses_are_pytorchs_for_thirty_steps() {
 
 #[test]
 fn the_plans_losses_are_pytorchs_for_thirty_steps() {
-    check_curve("mobilenet_v3_small", "sgd", 30, plan);
+    for name in ["mobilenet_v3_small", "shufflenet_v2_x1_0"] {
+        for optimizer in ["sgd", "adamw"] {
+            check_curve(name, optimizer, 30, plan);
+        }
+    }
 }
 
 #[test]
