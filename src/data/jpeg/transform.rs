@@ -113,7 +113,10 @@ fn inverse(mut block: [[i32; SIDE]; SIDE]) -> [[u8; SIDE]; SIDE] {
 }
 
 /// The inverse transform of every column, rounded to `shift` bits less.
-#[expect(clippy::needless_range_loop, reason = "columns become the lanes of vectors")]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "columns become the lanes of vectors"
+)]
 #[inline(always)]
 fn pass(block: &mut [[i32; SIDE]; SIDE], shift: i32) {
     let round = 1 << (shift - 1);
