@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use sconce::data::{Decoder, crop_shrunk};
+use sconce::data::{Decoder, crop_view};
 use sconce::exec::params::{TensorMap, TensorSource};
 use sconce::models::{Preprocessing, registry};
 use sconce::weights::{Checkpoint, Description, Head, closest, configuration, fit};
@@ -135,7 +135,7 @@ fn pictures(bytes: &[u8]) {
         let preprocessing = Preprocessing::torchvision(short, short);
         match decoder.decode_for(&preprocessing, bytes) {
             Ok(picture) => {
-                let pixels = crop_shrunk(&picture, &preprocessing);
+                let pixels = crop_view(&picture, &preprocessing);
                 assert_eq!(pixels.len(), short * short * 3);
             }
             Err(_) => assert!(whole.is_err()),

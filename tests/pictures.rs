@@ -7,7 +7,8 @@ use std::path::PathBuf;
 
 use common::{f32_tensor, golden, photo, repository};
 use image::{DynamicImage, GrayAlphaImage, GrayImage, ImageFormat, RgbImage, RgbaImage};
-use sconce::data::{Decoder, Rgb, crop_pixels, crop_shrunk, prepare};
+use rand::{RngExt, SeedableRng};
+use sconce::data::{Decoder, Rgb, crop_pixels, crop_view, prepare};
 use sconce::exec::cpu::Options;
 use sconce::models::{Interpolation, Preprocessing};
 use sconce::weights::{Request, WeightsChoice, resolve};
@@ -126,10 +127,86 @@ fn jpegs_of_many_shapes_are_read_bit_for_bit_as_libjpeg_reads_them() {
     }
 }
 
-/// Settings for which pictures of that size are read at one part in `by` of theirs.
+/// A JPEG with an EXIF segment that says how it is to be turned.
+fn oriented(jpeg: &[u8], orientation: u8) -> Vec<u8> {
+    let mut exif =
+        b"\xff\xe1\0\x22Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0".to_vec();
+    exif.extend([orientation, 0, 0, 0, 0, 0, 0]);
+    [&jpeg[..2], &exif, &jpeg[2..]].concat()
+}
+
+#[test]
+fn what_is_read_for_a_crop_is_enough_for_it() {
+    use base64::Engine;
+    let exact = Decoder {
+        exact: true,
+        ..DECODER
+    };
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+    let jpegs: Vec<Jpeg> = serde_json::from_slice(&golden("jpegs.json")).unwrap();
+    let (mut parts, mut smaller) = (0, 0);
+    for Jpeg { name, jpeg, .. } in jpegs {
+        let bytes = base64::prelude::BASE64_STANDARD.decode(jpeg).unwrap();
+        for orientation in 1..=8 {
+            let bytes = oriented(&bytes, orientation);
+            let whole = exact.decode(&bytes).unwrap();
+            let resize = rng.random_range(1..=2 * whole.width.min(whole.height));
+            let preprocessing = Preprocessing {
+                interpolation: if rng.random() {
+                    Interpolation::Bilinear
+                } else {
+                    Interpolation::Bicubic
+                },
+                squash: rng.random_bool(0.2),
+                ..Preprocessing::torchvision(resize, rng.random_range(1..=resize))
+            };
+            let view = exact.decode_for(&preprocessing, &bytes).unwrap();
+            let what = format!("{name} turned {orientation}, {preprocessing:?}");
+            assert_eq!(
+                [view.width, view.height],
+                [whole.width, whole.height],
+                "{what}"
+            );
+            assert!(
+                crop_view(&view, &preprocessing) == crop_pixels(&whole, &preprocessing),
+                "{what}"
+            );
+            parts += usize::from(view.image.pixels.len() < whole.pixels.len());
+            // Of what is read smaller, a window is what all of it has there.
+            let preprocessing = Preprocessing {
+                resize: whole.width.min(whole.height).div_ceil(7),
+                ..preprocessing.clone()
+            };
+            let all = Preprocessing {
+                crop: preprocessing.resize,
+                squash: true,
+                ..preprocessing.clone()
+            };
+            let part = Preprocessing {
+                crop: preprocessing.resize.div_ceil(3),
+                ..all.clone()
+            };
+            let [all, part] = [all, part].map(|p| DECODER.decode_for(&p, &bytes).unwrap());
+            assert_eq!(all.by, part.by, "{what}");
+            let [left, top] = [0, 1].map(|axis| part.origin[axis] - all.origin[axis]);
+            for (y, row) in part.image.pixels.chunks(part.image.width * 3).enumerate() {
+                let start = ((top + y) * all.image.width + left) * 3;
+                assert!(row == &all.image.pixels[start..][..row.len()], "{what}");
+            }
+            smaller += usize::from(part.by > 1);
+        }
+    }
+    println!("{parts} parts, {smaller} smaller");
+    assert!(parts > 1000 && smaller > 100);
+}
+
+/// Settings for which all of a picture of that size is read at one part in `by` of it.
 fn reduced_by(by: usize, [width, height]: [usize; 2]) -> Preprocessing {
-    let short = width.min(height) / (2 * by);
-    Preprocessing::torchvision(short, short)
+    let short = 2 * width.min(height) / (5 * by);
+    Preprocessing {
+        squash: true,
+        ..Preprocessing::torchvision(short, short)
+    }
 }
 
 #[test]
@@ -204,7 +281,7 @@ fn crops_of_a_folder_are_near_pillows() {
         for (path, crop) in paths.lines().zip(crops.chunks(224 * 224 * 3)) {
             let file = std::fs::read(path).unwrap();
             let picture = decoder.decode_for(&preprocessing, &file).unwrap();
-            let pixels = crop_shrunk(&picture, &preprocessing);
+            let pixels = crop_view(&picture, &preprocessing);
             let std = preprocessing.std.map(|s| f64::from(s) * 255.0);
             let differences = pixels.iter().zip(crop).enumerate();
             let total: f64 = differences

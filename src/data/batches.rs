@@ -6,8 +6,7 @@ use super::pipeline::{Budget, Next, Pipeline};
 use super::preprocess::reduction;
 use super::random::{Purpose, generator};
 use super::{
-    Augment, Augmentation, Decoder, ImageError, Mix, Rgb, Sample, crop_pixels, crop_shrunk,
-    normalize,
+    Augment, Augmentation, Decoder, ImageError, Mix, Rgb, Sample, crop_pixels, crop_view, normalize,
 };
 use crate::models::Preprocessing;
 
@@ -196,7 +195,7 @@ impl BatchPlan {
                 Source::Bytes(bytes) => {
                     let decoder = &self.decoder;
                     let picture = decoder.decode_for_within(preprocessing, &bytes, budget)?;
-                    crop_shrunk(&picture, preprocessing)
+                    crop_view(&picture, preprocessing)
                 }
                 Source::Decoded(image) => crop_pixels(&image, preprocessing),
             },

@@ -1,6 +1,7 @@
 //! From a file's bytes to 8-bit RGB, as Pillow's `convert("RGB")` gives it.
 
 use std::io::Cursor;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use image::metadata::Orientation;
@@ -8,7 +9,7 @@ use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbIma
 
 use super::jpeg;
 use super::pipeline::Budget;
-use super::preprocess::reduction;
+use super::preprocess::{reduction, window};
 use crate::models::Preprocessing;
 
 /// An 8-bit picture `[height, width, 3]`.
@@ -30,23 +31,26 @@ impl Rgb {
     }
 }
 
-/// A picture for a network: whole, or read at a part of its size.
+/// What a network needs of a picture.
 #[derive(Clone, Debug)]
-pub struct Shrunk {
+pub struct View {
     pub image: Rgb,
     /// Of the whole picture, as it is shown.
     pub width: usize,
     pub height: usize,
-    /// A pixel of `image` is the mean of `by` x `by` of the whole.
+    /// A pixel of `image` is the mean of `by` x `by` of the picture.
     pub by: usize,
+    /// The column and row, of the picture at that scale, at which `image` begins.
+    pub origin: [usize; 2],
 }
 
-impl From<Rgb> for Shrunk {
+impl From<Rgb> for View {
     fn from(image: Rgb) -> Self {
         Self {
             width: image.width,
             height: image.height,
             by: 1,
+            origin: [0, 0],
             image,
         }
     }
@@ -108,7 +112,10 @@ impl Decoder {
             let (width, height) = decoder.dimensions();
             let size = [width, height].map(|side| side as usize);
             let jpeg = format == ImageFormat::Jpeg;
-            let mut image = match jpeg.then(|| jpeg::read(bytes, size, 1)).flatten() {
+            let mut image = match jpeg
+                .then(|| jpeg::read(bytes, size, 1, size.map(|side| 0..side)))
+                .flatten()
+            {
                 Some(image) => image.into_dynamic()?,
                 None => DynamicImage::from_decoder(decoder).map_err(describe)?,
             };
@@ -130,8 +137,8 @@ impl Decoder {
         self.decode(bytes)
     }
 
-    /// Decodes what preprocessing needs of a picture: a JPEG that is far larger at a part of its size,
-    /// all else as `decode` does.
+    /// Decodes what preprocessing needs of a picture: of a JPEG the part that is left by the crop, and of
+    /// one that is far larger a smaller one; all else as `decode` does.
     ///
     /// # Errors
     /// As `decode`.
@@ -139,7 +146,7 @@ impl Decoder {
         &self,
         preprocessing: &Preprocessing,
         bytes: &[u8],
-    ) -> Result<Shrunk, ImageError> {
+    ) -> Result<View, ImageError> {
         self.decode_for_within(preprocessing, bytes, &Budget::default())
     }
 
@@ -149,22 +156,17 @@ impl Decoder {
         preprocessing: &Preprocessing,
         bytes: &[u8],
         budget: &Budget,
-    ) -> Result<Shrunk, ImageError> {
-        let shrunk = guarded(|| Ok(self.shrunk(preprocessing, bytes, budget)))?;
-        match shrunk {
-            Some(shrunk) => Ok(shrunk),
+    ) -> Result<View, ImageError> {
+        let view = guarded(|| Ok(self.view(preprocessing, bytes, budget)))?;
+        match view {
+            Some(view) => Ok(view),
             None => Ok(self.decode_within(bytes, budget)?.into()),
         }
     }
 
-    /// A JPEG read at a part of its size, where that is enough and it is a plain one.
-    fn shrunk(
-        &self,
-        preprocessing: &Preprocessing,
-        bytes: &[u8],
-        budget: &Budget,
-    ) -> Option<Shrunk> {
-        if self.exact || !bytes.starts_with(&[0xff, 0xd8]) {
+    /// What preprocessing needs of a JPEG, where it is a plain one.
+    fn view(&self, preprocessing: &Preprocessing, bytes: &[u8], budget: &Budget) -> Option<View> {
+        if !bytes.starts_with(&[0xff, 0xd8]) {
             return None;
         }
         let (_, mut decoder) = self.open(bytes).ok()?;
@@ -172,32 +174,35 @@ impl Decoder {
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
         drop(decoder);
         let size = [width, height].map(|side| side as usize);
-        let mut by = reduction(size, preprocessing);
-        // Turned round, the parts of pixels at the right and the bottom would lie elsewhere.
+        let turned = Turned::new(orientation);
+        let shown = turned.size(size);
+        let mut by = if self.exact {
+            1
+        } else {
+            reduction(shown, preprocessing)
+        };
+        // Seen from the other side, the parts of pixels at the right and the bottom would lie elsewhere.
         while by > 1
             && orientation != Orientation::NoTransforms
             && size.iter().any(|side| side % by != 0)
         {
             by /= 2;
         }
-        if by == 1 {
-            return None;
-        }
+        let window = window(shown, by, preprocessing);
+        let origin = [window[0].start, window[1].start];
         // Planes and picture, and the coefficients of a progressive one; the file and its data.
         let cells = u64::from(width) * u64::from(height) / (by * by) as u64;
-        let _share = budget.take(cells * 20 + 2 * bytes.len() as u64);
-        let mut image = jpeg::read(bytes, size, by)?.into_dynamic().ok()?;
+        let _share = budget.take(cells * if by > 1 { 20 } else { 8 } + 2 * bytes.len() as u64);
+        let stored = turned.stored(window, size.map(|side| side.div_ceil(by)));
+        let mut image = jpeg::read(bytes, size, by, stored)?.into_dynamic().ok()?;
         image.apply_orientation(orientation);
-        use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};
-        let (width, height) = match orientation {
-            Rotate90 | Rotate270 | Rotate90FlipH | Rotate270FlipH => (height, width),
-            _ => (width, height),
-        };
-        Some(Shrunk {
+        let [width, height] = shown;
+        Some(View {
             image: self.convert(image),
-            width: width as usize,
-            height: height as usize,
+            width,
+            height,
             by,
+            origin,
         })
     }
 
@@ -287,6 +292,55 @@ impl Decoder {
             height,
             pixels,
         }
+    }
+}
+
+/// How the axes of a stored picture lie in the one that is shown.
+struct Turned {
+    /// Rows are shown as columns.
+    swapped: bool,
+    /// Stored columns and rows are counted from the other side.
+    mirrored: [bool; 2],
+}
+
+impl Turned {
+    fn new(orientation: Orientation) -> Self {
+        let (swapped, mirrored) = match orientation {
+            Orientation::NoTransforms => (false, [false, false]),
+            Orientation::FlipHorizontal => (false, [true, false]),
+            Orientation::FlipVertical => (false, [false, true]),
+            Orientation::Rotate180 => (false, [true, true]),
+            Orientation::Rotate90FlipH => (true, [false, false]),
+            Orientation::Rotate90 => (true, [false, true]),
+            Orientation::Rotate270 => (true, [true, false]),
+            Orientation::Rotate270FlipH => (true, [true, true]),
+        };
+        Self { swapped, mirrored }
+    }
+
+    /// Width and height as they are shown.
+    fn size(&self, [width, height]: [usize; 2]) -> [usize; 2] {
+        if self.swapped {
+            [height, width]
+        } else {
+            [width, height]
+        }
+    }
+
+    /// The stored columns and rows of a window, of a picture stored in that size.
+    fn stored(&self, [columns, rows]: [Range<usize>; 2], size: [usize; 2]) -> [Range<usize>; 2] {
+        let mut window = if self.swapped {
+            [rows, columns]
+        } else {
+            [columns, rows]
+        };
+        for axis in 0..2 {
+            if self.mirrored[axis] {
+                let Range { start, end } = window[axis];
+                window[axis] = size[axis] - end..size[axis] - start;
+            }
+        }
+        window
     }
 }
 

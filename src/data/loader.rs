@@ -1,7 +1,5 @@
 use super::pipeline::{Budget, Next, Pipeline};
-use super::{
-    Decoder, Found, ImageError, Input, InputError, MAX_FILE_BYTES, crop_shrunk, normalize,
-};
+use super::{Decoder, Found, ImageError, Input, InputError, MAX_FILE_BYTES, crop_view, normalize};
 use crate::models::Preprocessing;
 use std::time::Duration;
 
@@ -67,6 +65,6 @@ fn load(
     Ok(Prepared {
         width: picture.width,
         height: picture.height,
-        pixels: normalize(&crop_shrunk(&picture, preprocessing), preprocessing),
+        pixels: normalize(&crop_view(&picture, preprocessing), preprocessing),
     })
 }

@@ -1,42 +1,43 @@
 use std::ops::Range;
 
-use super::resize::resize;
-use super::{Rgb, Shrunk};
+use super::resize::{Axis, resize};
+use super::{Rgb, View};
 use crate::models::Preprocessing;
 
 /// What is read of a picture is at least so many times the size that it is resized to. A photo of 4000 x
 /// 3000 pixels at an eighth, 1.46 times that size, would be read twice as fast as at a quarter, but far
 /// more labels would differ from those of the whole (benches/README.md).
-const MARGIN: f64 = 2.0;
+const MARGIN: f64 = 2.5;
 
 /// The resized and cropped picture before it is normalised, 8-bit `[crop, crop, 3]`.
 pub fn crop_pixels(image: &Rgb, preprocessing: &Preprocessing) -> Vec<u8> {
-    crop(image, [image.width, image.height], 1, preprocessing)
+    let axes = axes([image.width, image.height], 1, preprocessing);
+    resize(image, [0, 0], &axes, preprocessing.interpolation)
 }
 
-/// The same of a picture that was read at a part of its size.
-pub fn crop_shrunk(picture: &Shrunk, preprocessing: &Preprocessing) -> Vec<u8> {
-    let Shrunk {
-        image,
-        width,
-        height,
-        by,
-    } = picture;
-    crop(image, [*width, *height], *by, preprocessing)
+/// The same of what was read of a picture for it.
+pub fn crop_view(view: &View, preprocessing: &Preprocessing) -> Vec<u8> {
+    let axes = axes([view.width, view.height], view.by, preprocessing);
+    resize(&view.image, view.origin, &axes, preprocessing.interpolation)
 }
 
-fn crop(image: &Rgb, size: [usize; 2], by: usize, preprocessing: &Preprocessing) -> Vec<u8> {
-    let [width, height] = resized(size, preprocessing);
-    let columns = centre(width, preprocessing.crop);
-    let rows = centre(height, preprocessing.crop);
-    resize(
-        image,
-        size.map(|side| side as f64 / by as f64),
-        [width, height],
-        preprocessing.interpolation,
-        columns,
-        rows,
-    )
+/// The columns and rows that are needed of a picture of that size, read at one part in `by` of it.
+pub(super) fn window(
+    size: [usize; 2],
+    by: usize,
+    preprocessing: &Preprocessing,
+) -> [Range<usize>; 2] {
+    axes(size, by, preprocessing).map(|axis| axis.reach(preprocessing.interpolation))
+}
+
+/// What becomes of a picture's width and height.
+fn axes(size: [usize; 2], by: usize, preprocessing: &Preprocessing) -> [Axis; 2] {
+    let to = resized(size, preprocessing);
+    [0, 1].map(|axis| Axis {
+        from: size[axis] as f64 / by as f64,
+        to: to[axis],
+        wanted: centre(to[axis], preprocessing.crop),
+    })
 }
 
 /// Width and height after resizing.

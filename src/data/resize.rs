@@ -14,19 +14,55 @@ const CHANNELS: usize = 3;
 /// Bytes that are read at a time.
 const READ: usize = 8;
 
-/// The part `columns` x `rows` of the image resized to `width` x `height`: pixels
-/// `[rows, columns, 3]`. What lies outside the part is not computed. `from` is the image's size where
-/// its last column and row may be parts of a pixel.
+/// An axis of a picture that is resized, and the part of the result that is wanted.
+#[derive(Clone)]
+pub(super) struct Axis {
+    /// Its size; the last pixel may be part of one.
+    pub from: f64,
+    /// Its size when it is resized.
+    pub to: usize,
+    pub wanted: Range<usize>,
+}
+
+impl Axis {
+    /// The pixels that the wanted part is made of.
+    pub fn reach(&self, interpolation: Interpolation) -> Range<usize> {
+        let last = self.wanted.end.saturating_sub(1);
+        let (first, _) = self.span(interpolation, self.wanted.start);
+        let (last, _) = self.span(interpolation, last);
+        first.start..last.end
+    }
+
+    /// The pixels that a position of the result is made of, and where its middle lies.
+    fn span(&self, interpolation: Interpolation, position: usize) -> (Range<usize>, f64) {
+        let scale = self.from / self.to as f64;
+        let support = support(interpolation) * scale.max(1.0);
+        let centre = (position as f64 + 0.5) * scale;
+        // Casts truncate, as C's do.
+        let start = ((centre - support + 0.5) as i64).max(0);
+        let end = ((centre + support + 0.5) as i64).min(self.from.ceil() as i64);
+        (start as usize..end as usize, centre)
+    }
+}
+
+/// How far a filter reaches on either side, in pixels of the larger of the two pictures.
+fn support(interpolation: Interpolation) -> f64 {
+    match interpolation {
+        Interpolation::Bilinear => 1.0,
+        Interpolation::Bicubic => 2.0,
+    }
+}
+
+/// The wanted part of a picture resized: pixels `[rows, columns, 3]`. What lies outside that part is not
+/// computed. `image` has at least all the pixels that it is made of; it begins at `origin`.
 pub(super) fn resize(
     image: &Rgb,
-    from: [f64; 2],
-    [width, height]: [usize; 2],
+    origin: [usize; 2],
+    [across, down]: &[Axis; 2],
     interpolation: Interpolation,
-    columns: Range<usize>,
-    rows: Range<usize>,
 ) -> Vec<u8> {
-    let horizontal = Taps::new(image.width, from[0], width, interpolation, columns);
-    let vertical = Taps::new(image.height, from[1], height, interpolation, rows);
+    let horizontal = Taps::new(across, origin[0], interpolation);
+    let vertical = Taps::new(down, origin[1], interpolation);
     let isa = Isa::detect();
     isa.compiled(
         #[inline(always)]
@@ -46,17 +82,24 @@ fn passes(
     let line = horizontal.spans.len() * CHANNELS;
     let mut narrow = vec![0; needed.len() * line];
     let stride = image.width * CHANNELS;
-    // With some bytes behind the last pixel, to be read with it.
-    let mut source = vec![0; stride + READ];
+    let mut last = vec![0; stride + READ];
     for (y, out) in needed.clone().zip(narrow.chunks_exact_mut(line)) {
-        source[..stride].copy_from_slice(&image.pixels[y * stride..(y + 1) * stride]);
+        // With some bytes behind the last pixel, to be read with it.
+        let row = y * stride..(y + 1) * stride;
+        let source = image
+            .pixels
+            .get(row.start..row.end + READ)
+            .unwrap_or_else(|| {
+                last[..stride].copy_from_slice(&image.pixels[row]);
+                &last
+            });
         #[cfg(target_arch = "x86_64")]
         if avx2 {
             // SAFETY: the machine has it.
-            unsafe { narrow_avx2(&source, horizontal, out) };
+            unsafe { narrow_avx2(source, horizontal, out) };
             continue;
         }
-        narrow_portable(&source, horizontal, out);
+        narrow_portable(source, horizontal, out);
     }
     let mut result = vec![0; vertical.spans.len() * line];
     let mut sums = vec![0; line];
@@ -151,31 +194,21 @@ struct Span {
 }
 
 impl Taps {
-    /// Output positions `wanted` of an axis of `size` pixels, of which `from` count, resized to `to`.
-    fn new(
-        size: usize,
-        from: f64,
-        to: usize,
-        interpolation: Interpolation,
-        wanted: Range<usize>,
-    ) -> Self {
-        let scale = from / to as f64;
-        let widening = scale.max(1.0);
-        let (support, filter): (f64, fn(f64) -> f64) = match interpolation {
-            Interpolation::Bilinear => (1.0, triangle),
-            Interpolation::Bicubic => (2.0, |x| cubic(x, -0.5)),
+    /// Of the positions wanted of an axis, where the picture begins at `origin`.
+    fn new(axis: &Axis, origin: usize, interpolation: Interpolation) -> Self {
+        let filter: fn(f64) -> f64 = match interpolation {
+            Interpolation::Bilinear => triangle,
+            Interpolation::Bicubic => |x| cubic(x, -0.5),
         };
-        let support = support * widening;
+        let widening = (axis.from / axis.to as f64).max(1.0);
         let mut taps = Self {
-            spans: Vec::with_capacity(wanted.len()),
+            spans: Vec::with_capacity(axis.wanted.len()),
             weights: Vec::new(),
         };
-        for position in wanted {
-            let centre = (position as f64 + 0.5) * scale;
-            // Casts truncate, as C's do.
-            let start = ((centre - support + 0.5) as i64).max(0) as usize;
-            let end = ((centre + support + 0.5) as i64).min(size as i64) as usize;
-            let values: Vec<f64> = (start..end)
+        for position in axis.wanted.clone() {
+            let (span, centre) = axis.span(interpolation, position);
+            let start = span.start - origin;
+            let values: Vec<f64> = span
                 .map(|i| filter((i as f64 - centre + 0.5) * (1.0 / widening)))
                 .collect();
             let total: f64 = values.iter().sum();

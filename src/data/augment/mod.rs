@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Rgb;
 use super::preprocess::{crop_pixels, normalize};
-use super::resize::resize;
+use super::resize::{Axis, resize};
 use crate::models::{Interpolation, Preprocessing};
 
 pub use mix::Mix;
@@ -190,8 +190,12 @@ pub fn resized_part(
         height,
         pixels,
     };
-    let from = [part.width, part.height].map(|side| side as f64);
-    resize(&part, from, [size, size], interpolation, 0..size, 0..size)
+    let axes = [width, height].map(|side| Axis {
+        from: side as f64,
+        to: size,
+        wanted: 0..size,
+    });
+    resize(&part, [0, 0], &axes, interpolation)
 }
 
 #[cfg(test)]

@@ -9,6 +9,9 @@ const LOOKUP_BITS: u32 = 12;
 const VALUED_BITS: u32 = 10;
 /// Bytes that are read at a time.
 const READ: usize = 8;
+/// Bits that are there after a read, at least. The next read waits for all before it, so that there are
+/// as many looks as they allow between two of them.
+const READY: u32 = 56;
 /// Codes are no longer.
 pub const LONGEST: usize = 16;
 
@@ -87,7 +90,7 @@ pub struct Code {
 struct Valued {
     /// Its length; 0 where it does not, or is none.
     bits: u8,
-    /// Zeros before it.
+    /// Zeros before it; [`END`] where the rest of the block is zeros.
     run: u8,
     value: i16,
 }
@@ -159,7 +162,13 @@ impl Code {
             let (length, symbol) = single[next << (LOOKUP_BITS - VALUED_BITS)];
             let (run, size) = (symbol >> 4, symbol & 15);
             let bits = length + size;
-            if length > 0 && size > 0 && u32::from(bits) <= VALUED_BITS {
+            if length == 0 || u32::from(bits) > VALUED_BITS {
+                continue;
+            }
+            if symbol == 0 {
+                let (run, value) = (END, 0);
+                *entry = Valued { bits, run, value };
+            } else if size > 0 {
                 let rest = next >> (VALUED_BITS - u32::from(bits));
                 let value = signed((rest & ((1 << size) - 1)) as i32, u32::from(size)) as i16;
                 *entry = Valued { bits, run, value };
@@ -178,11 +187,9 @@ impl Code {
 /// The value of `size` bits, at least one, of which the first tells the sign.
 #[inline(always)]
 fn signed(bits: i32, size: u32) -> i32 {
-    if bits >> (size - 1) == 0 {
-        bits + 1 - (1 << size)
-    } else {
-        bits
-    }
+    // Without a branch, which would be guessed wrong every other time.
+    let negative = (bits >> (size - 1)) - 1;
+    bits + (negative & (1 - (1 << size)))
 }
 
 /// Reads bits, the highest of each byte first.
@@ -277,6 +284,18 @@ impl<'a> Bits<'a> {
         Some(bit)
     }
 
+    /// The value that follows on a symbol which is its size; takes at most 27 bits.
+    #[inline(always)]
+    pub fn difference(&mut self, code: &Code) -> Option<i32> {
+        let next = code.valued[(self.next >> (64 - VALUED_BITS)) as usize];
+        if next.bits > 0 {
+            self.skip(u32::from(next.bits));
+            return (next.run & !END == 0).then_some(i32::from(next.value));
+        }
+        let size = self.symbol(code)?;
+        (size <= 11).then(|| self.value(u32::from(size)))
+    }
+
     /// Hands on the coefficients from `at` to `last`, and gives the position that comes next.
     #[inline(always)]
     pub fn coefficients(
@@ -288,30 +307,36 @@ impl<'a> Bits<'a> {
     ) -> Option<usize> {
         while at <= last {
             self.refill()?;
-            let next = code.valued[(self.next >> (64 - VALUED_BITS)) as usize];
-            let value = if next.bits > 0 {
-                self.skip(u32::from(next.bits));
-                at += usize::from(next.run);
-                i32::from(next.value)
-            } else {
-                let symbol = self.symbol(code)?;
-                let (run, size) = (usize::from(symbol >> 4), u32::from(symbol & 15));
-                match (run, size) {
-                    (0, 0) => return Some(COEFFICIENTS),
-                    (15, 0) => {
-                        at += 16;
-                        continue;
+            for _ in 0..READY / VALUED_BITS {
+                let next = code.valued[(self.next >> (64 - VALUED_BITS)) as usize];
+                let value = if next.bits > 0 {
+                    self.skip(u32::from(next.bits));
+                    at += usize::from(next.run);
+                    i32::from(next.value)
+                } else {
+                    self.refill()?;
+                    let symbol = self.symbol(code)?;
+                    let (run, size) = (usize::from(symbol >> 4), u32::from(symbol & 15));
+                    match (run, size) {
+                        (0, 0) => return Some(COEFFICIENTS),
+                        (15, 0) => {
+                            at += 16;
+                            break;
+                        }
+                        (_, 0) => return None,
+                        _ => at += run,
                     }
-                    (_, 0) => return None,
-                    _ => at += run,
+                    self.value(size)
+                };
+                if at >= COEFFICIENTS {
+                    return (at >= usize::from(END)).then_some(COEFFICIENTS);
                 }
-                self.value(size)
-            };
-            if at >= COEFFICIENTS {
-                return None;
+                each(at, value);
+                at += 1;
+                if next.bits == 0 || at > last {
+                    break;
+                }
             }
-            each(at, value);
-            at += 1;
         }
         Some(at)
     }
@@ -321,23 +346,30 @@ impl<'a> Bits<'a> {
     pub fn step_over(&mut self, code: &Code, mut at: usize) -> Option<()> {
         while at < COEFFICIENTS {
             self.refill()?;
-            let step = code.several[(self.next >> (64 - LOOKUP_BITS)) as usize];
-            let to = at + usize::from(step.positions & !END);
-            let ends = step.positions & END != 0;
-            // The end of a block is only told where something is left of it.
-            if step.bits > 0 && to + usize::from(ends) <= COEFFICIENTS {
-                self.skip(u32::from(step.bits));
-                at = if ends { COEFFICIENTS } else { to };
-                continue;
+            for _ in 0..READY / LOOKUP_BITS {
+                let step = code.several[(self.next >> (64 - LOOKUP_BITS)) as usize];
+                let to = at + usize::from(step.positions & !END);
+                let ends = step.positions & END != 0;
+                // The end of a block is only told where something is left of it.
+                if step.bits > 0 && to + usize::from(ends) <= COEFFICIENTS {
+                    self.skip(u32::from(step.bits));
+                    if ends || to == COEFFICIENTS {
+                        return Some(());
+                    }
+                    at = to;
+                    continue;
+                }
+                self.refill()?;
+                let symbol = self.symbol(code)?;
+                let (run, size) = (usize::from(symbol >> 4), u32::from(symbol & 15));
+                match (run, size) {
+                    (0, 0) => return Some(()),
+                    (1..15, 0) => return None,
+                    _ => at += run + 1,
+                }
+                self.skip(size);
+                break;
             }
-            let symbol = self.symbol(code)?;
-            let (run, size) = (usize::from(symbol >> 4), u32::from(symbol & 15));
-            match (run, size) {
-                (0, 0) => break,
-                (1..15, 0) => return None,
-                _ => at += run + 1,
-            }
-            self.skip(size);
         }
         (at <= COEFFICIENTS).then_some(())
     }

@@ -5,22 +5,24 @@ use super::transform::{block_pixels, needed, store};
 use super::{COEFFICIENTS, Component, SIDE, Scanned, ZIGZAG, by_cells};
 
 impl Bits<'_> {
-    /// Reads the block at that place of a component's plane.
+    /// Reads the block at that place of a component.
     #[inline(always)]
     pub(super) fn block(
         &mut self,
         scanned: &mut Scanned,
         component: &mut Component,
-        [column, row]: [usize; 2],
+        place: [usize; 2],
     ) -> Option<()> {
         if let Some(part) = scanned.part {
-            return self.part(part, scanned, component, [column, row]);
+            return self.part(part, scanned, component, place);
         }
+        let Some(start) = component.place(place) else {
+            self.first(scanned)?;
+            return self.step_over(scanned.ac?, 1);
+        };
         let [across, down] = component.cells;
-        let stride = component.blocks[0] * across;
-        let place = component
-            .plane
-            .get_mut(row * down * stride + column * across..)?;
+        let stride = component.stride();
+        let place = component.plane.get_mut(start..)?;
         if let Some(steps) = scanned.steps {
             return self.pixels(scanned, steps, place, stride);
         }
@@ -31,11 +33,8 @@ impl Bits<'_> {
     #[inline(always)]
     pub(super) fn first(&mut self, scanned: &mut Scanned) -> Option<i32> {
         self.refill()?;
-        let size = self.symbol(scanned.dc?)?;
-        if size > 11 {
-            return None;
-        }
-        scanned.before = scanned.before.checked_add(self.value(u32::from(size)))?;
+        let difference = self.difference(scanned.dc?)?;
+        scanned.before = scanned.before.checked_add(difference)?;
         Some(scanned.before)
     }
 
@@ -50,16 +49,16 @@ impl Bits<'_> {
     ) -> Option<()> {
         let mut block = [[0; SIDE]; SIDE];
         block[0][0] = self.first(scanned)?.wrapping_mul(i32::from(steps[0]));
-        let mut plain = true;
+        let mut last = 0;
         let at = self.coefficients(scanned.ac?, 1, COEFFICIENTS - 1, |at, value| {
             let (row, column) = ZIGZAG[at];
             block[usize::from(row)][usize::from(column)] = value.wrapping_mul(i32::from(steps[at]));
-            plain = false;
+            last = at;
         })?;
         if at > COEFFICIENTS {
             return None;
         }
-        let pixels = block_pixels(block, plain);
+        let pixels = block_pixels(block, last);
         for (row, pixels) in pixels.iter().enumerate() {
             *place.get_mut(row * stride..)?.first_chunk_mut()? = *pixels;
         }

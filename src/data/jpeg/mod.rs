@@ -1,6 +1,7 @@
-//! JPEGs, whole or read at a half, a quarter or an eighth of their size.
+//! JPEGs, or the windows of them that are needed, at their size or at a half, a quarter or an eighth of
+//! it.
 //!
-//! Whole, every pixel is the one that libjpeg gives, and so Pillow and torchvision: its inverse
+//! At its size, every pixel is the one that libjpeg gives, and so Pillow and torchvision: its inverse
 //! transform in 13 bits after Loeffler, Ligtenberg and Moschytz (ICASSP 1989), its triangle filter where
 //! chrominance is stored at half the size, its rounding of colours.
 //!
@@ -12,6 +13,9 @@
 //! decode. Chrominance that is stored at half the size is read at twice the scale, so that all planes
 //! come out alike. The cells are true means, as the antialiased resizing that follows would take them.
 //!
+//! Blocks that lie outside the window are stepped over too: of a photo of 4 x 3, the square that a
+//! network sees is little more than half.
+//!
 //! Read are baseline, extended and progressive Huffman-coded JPEGs of 8 bits, grey or YCbCr, which is
 //! nearly all that there are. Of any other file, and of one in which anything is odd, nothing is said
 //! here: it is for another decoder to read it or to tell what is wrong with it. The format is ITU-T
@@ -22,6 +26,8 @@ mod blocks;
 mod progressive;
 mod transform;
 
+use std::ops::Range;
+
 use super::Rgb;
 use crate::kernels::Isa;
 use bits::{Bits, Code, Entropy, LONGEST};
@@ -30,6 +36,9 @@ use transform::{rgb, weights};
 
 /// Pixels of a block's side.
 const SIDE: usize = 8;
+/// Pixels beyond a window that are read too, since samples of chrominance at half the size are smoothed
+/// with their neighbours, and since what is as narrow as two of them is not.
+const SEEN_BEYOND: usize = SIDE;
 /// Coefficients of a block.
 const COEFFICIENTS: usize = SIDE * SIDE;
 /// Where the n-th coefficient of a block lies: row and column.
@@ -78,14 +87,20 @@ macro_rules! by_cells {
 }
 use by_cells;
 
-/// The picture, whole where `by` is 1, or made smaller by 2, 4 or 8, each pixel then the mean of `by` x
-/// `by`; a part of one at the right and the bottom edge counts as one. None where its width and height
-/// are not `size`, or another decoder has to look at the file.
-pub(super) fn read(bytes: &[u8], size: [usize; 2], by: usize) -> Option<Rgb> {
+/// The picture, made smaller by 2, 4 or 8 where `by` is not 1, each pixel then the mean of `by` x `by`; a
+/// part of one at the right and the bottom edge counts as one. Of it the columns and rows of `window`.
+/// None where its width and height are not `size`, or another decoder has to look at the file.
+pub(super) fn read(
+    bytes: &[u8],
+    size: [usize; 2],
+    by: usize,
+    window: [Range<usize>; 2],
+) -> Option<Rgb> {
     let mut file = File {
         bytes,
         size,
         by,
+        window,
         ..File::default()
     };
     file.segments()?;
@@ -100,6 +115,7 @@ struct File<'a> {
     bytes: &'a [u8],
     size: [usize; 2],
     by: usize,
+    window: [Range<usize>; 2],
     quantization: [Option<[u16; COEFFICIENTS]>; 4],
     dc: [Option<Box<Code>>; 4],
     ac: [Option<Box<Code>>; 4],
@@ -113,6 +129,8 @@ struct Frame {
     height: usize,
     /// Largest sampling factors, horizontal and vertical.
     largest: [usize; 2],
+    /// The pixels, at the scale that is read, that the planes hold: whole MCUs, or up to an edge.
+    held: [Range<usize>; 2],
     components: Vec<Component>,
 }
 
@@ -121,11 +139,12 @@ struct Component {
     /// Sampling factors.
     sampling: [usize; 2],
     quantization: usize,
-    /// Blocks of the plane, in whole MCUs.
+    /// Blocks across and down, in whole MCUs, and those that the plane holds.
     blocks: [usize; 2],
-    /// Cells that a block becomes; of a whole picture, its pixels.
+    held: [Range<usize>; 2],
+    /// Cells that a block becomes; at the picture's size, its pixels.
     cells: [usize; 2],
-    /// Of a whole picture: how many pixels of it lie side by side for one of the plane, and how many
+    /// At the picture's size: how many pixels of it lie side by side for one of the plane, and how many
     /// of the plane count.
     spread: [usize; 2],
     size: [usize; 2],
@@ -136,10 +155,27 @@ struct Component {
 }
 
 impl Component {
-    /// The plane's part of a row of the picture; `sums` is for its own use.
+    /// Samples of a row of the plane.
+    #[inline(always)]
+    fn stride(&self) -> usize {
+        self.held[0].len() * self.cells[0]
+    }
+
+    /// Where the cells of a block begin in the plane; None where it does not hold it.
+    #[inline(always)]
+    fn place(&self, [column, row]: [usize; 2]) -> Option<usize> {
+        let inside = self.held[0].contains(&column) && self.held[1].contains(&row);
+        inside.then(|| {
+            let [across, down] = self.cells;
+            let (column, row) = (column - self.held[0].start, row - self.held[1].start);
+            row * down * self.stride() + column * across
+        })
+    }
+
+    /// The plane's part of a row of the pixels that are held; `sums` is for its own use.
     #[inline(always)]
     fn row(&self, y: usize, row: &mut [u8], sums: &mut Vec<i32>) -> Option<()> {
-        let stride = self.blocks[0] * self.cells[0];
+        let stride = self.stride();
         let line = |y: usize| self.plane.get(y * stride..(y + 1) * stride);
         let [across, down] = self.spread;
         let [width, height] = self.size;
@@ -280,9 +316,24 @@ impl File<'_> {
             width.div_ceil(SIDE * largest[0]),
             height.div_ceil(SIDE * largest[1]),
         ];
+        let mut held = [0..0, 0..0];
+        let mut held_mcus = [0..0, 0..0];
+        for axis in 0..2 {
+            let side = SIDE * largest[axis] / self.by;
+            let Range { start, end } = self.window[axis];
+            let from = start.saturating_sub(SEEN_BEYOND) / side;
+            let to = (end + SEEN_BEYOND).div_ceil(side).min(mcus[axis]);
+            let edge = [width, height][axis].div_ceil(self.by);
+            if from >= to || start >= end || end > edge {
+                return None;
+            }
+            held_mcus[axis] = from..to;
+            held[axis] = from * side..edge.min(to * side);
+        }
         let component = |&[id, factors, quantization]: &[u8; 3]| {
             let sampling = sampling(factors);
             let (mut cells, mut spread, mut size) = ([0; 2], [1; 2], [0; 2]);
+            let mut held = held_mcus.clone();
             for axis in 0..2 {
                 let (most, own) = (SIDE * largest[axis], sampling[axis] * self.by);
                 if own == 0 || sampling[axis] > 4 || most % own != 0 {
@@ -293,7 +344,12 @@ impl File<'_> {
                     spread[axis] = cells[axis] / SIDE;
                     cells[axis] = SIDE;
                 }
-                size[axis] = ([width, height][axis] * sampling[axis]).div_ceil(largest[axis]);
+                let Range { start, end } = &mut held[axis];
+                (*start, *end) = (*start * sampling[axis], *end * sampling[axis]);
+                size[axis] = ([width, height][axis] * sampling[axis])
+                    .div_ceil(largest[axis])
+                    .min(*end * SIDE)
+                    .checked_sub(*start * SIDE)?;
                 if spread[axis] > 2 {
                     return None;
                 }
@@ -311,7 +367,8 @@ impl File<'_> {
                 cells,
                 spread,
                 size,
-                plane: vec![0; blocks[0] * cells[0] * blocks[1] * cells[1]],
+                plane: vec![0; held[0].len() * cells[0] * held[1].len() * cells[1]],
+                held,
                 read: false,
                 progress: progressive.then(|| Progress::new(blocks[0] * blocks[1], cells)),
             })
@@ -328,6 +385,7 @@ impl File<'_> {
             width,
             height,
             largest,
+            held,
             components,
         });
         Some(())
@@ -450,7 +508,7 @@ impl File<'_> {
         Some(data.end)
     }
 
-    /// The planes as one picture.
+    /// The window of the planes as one picture.
     #[inline(always)]
     fn finish(self) -> Option<Rgb> {
         let mut frame = self.frame?;
@@ -460,25 +518,27 @@ impl File<'_> {
         if !frame.components.iter().all(|component| component.read) {
             return None;
         }
-        let (width, height) = (
-            frame.width.div_ceil(self.by),
-            frame.height.div_ceil(self.by),
-        );
+        let [columns, rows] = self.window;
+        let (width, height) = (columns.len(), rows.len());
+        let [held_columns, held_rows] = frame.held;
+        let first = columns.start - held_columns.start;
+        let shown = first..first + width;
         let mut pixels = vec![0; width * height * 3];
-        let mut rows = vec![vec![0; width]; frame.components.len()];
+        let mut planes = vec![vec![0; held_columns.len()]; frame.components.len()];
         let mut sums = Vec::new();
-        for (y, line) in pixels.chunks_exact_mut(width * 3).enumerate() {
-            for (component, row) in frame.components.iter().zip(&mut rows) {
-                component.row(y, row, &mut sums)?;
+        for (y, line) in rows.zip(pixels.chunks_exact_mut(width * 3)) {
+            for (component, row) in frame.components.iter().zip(&mut planes) {
+                component.row(y - held_rows.start, row, &mut sums)?;
             }
             let (line, _) = line.as_chunks_mut::<3>();
-            match rows.as_slice() {
+            match planes.as_slice() {
                 [grey] => {
-                    for (pixel, &value) in line.iter_mut().zip(grey) {
+                    for (pixel, &value) in line.iter_mut().zip(&grey[shown.clone()]) {
                         *pixel = [value; 3];
                     }
                 }
                 [y, cb, cr] => {
+                    let [y, cb, cr] = [y, cb, cr].map(|row| &row[shown.clone()]);
                     let values = y.iter().zip(cb).zip(cr);
                     for (pixel, ((&y, &cb), &cr)) in line.iter_mut().zip(values) {
                         *pixel = rgb(y, cb, cr);

@@ -255,16 +255,17 @@ impl Component {
             weights(steps, self.cells)
         };
         let [across, down] = self.cells;
-        let stride = self.blocks[0] * across;
+        let stride = self.stride();
         for (block, values) in progress
             .coefficients
             .chunks_exact(progress.kept)
             .enumerate()
         {
             let (row, column) = (block / self.blocks[0], block % self.blocks[0]);
-            let place = self
-                .plane
-                .get_mut(row * down * stride + column * across..)?;
+            let Some(start) = self.place([column, row]) else {
+                continue;
+            };
+            let place = self.plane.get_mut(start..)?;
             if whole {
                 pixels(values, steps, place, stride)?;
             } else {
@@ -286,8 +287,8 @@ fn pixels(
     for ((&value, &step), (row, column)) in values.iter().zip(steps).zip(ZIGZAG) {
         block[usize::from(row)][usize::from(column)] = i32::from(value) * i32::from(step);
     }
-    let plain = values.iter().skip(1).all(|&value| value == 0);
-    for (row, pixels) in block_pixels(block, plain).iter().enumerate() {
+    let last = values.iter().rposition(|&value| value != 0).unwrap_or(0);
+    for (row, pixels) in block_pixels(block, last).iter().enumerate() {
         *place.get_mut(row * stride..)?.first_chunk_mut()? = *pixels;
     }
     Some(())
