@@ -49,16 +49,16 @@ impl Bits<'_> {
     ) -> Option<()> {
         let mut block = [[0; SIDE]; SIDE];
         block[0][0] = self.first(scanned)?.wrapping_mul(i32::from(steps[0]));
-        let mut last = 0;
+        let mut plain = true;
         let at = self.coefficients(scanned.ac?, 1, COEFFICIENTS - 1, |at, value| {
             let (row, column) = ZIGZAG[at];
             block[usize::from(row)][usize::from(column)] = value.wrapping_mul(i32::from(steps[at]));
-            last = at;
+            plain = false;
         })?;
         if at > COEFFICIENTS {
             return None;
         }
-        let pixels = block_pixels(block, last);
+        let pixels = block_pixels(block, plain);
         for (row, pixels) in pixels.iter().enumerate() {
             *place.get_mut(row * stride..)?.first_chunk_mut()? = *pixels;
         }

@@ -287,8 +287,8 @@ fn pixels(
     for ((&value, &step), (row, column)) in values.iter().zip(steps).zip(ZIGZAG) {
         block[usize::from(row)][usize::from(column)] = i32::from(value) * i32::from(step);
     }
-    let last = values.iter().rposition(|&value| value != 0).unwrap_or(0);
-    for (row, pixels) in block_pixels(block, last).iter().enumerate() {
+    let plain = values.iter().skip(1).all(|&value| value == 0);
+    for (row, pixels) in block_pixels(block, plain).iter().enumerate() {
         *place.get_mut(row * stride..)?.first_chunk_mut()? = *pixels;
     }
     Some(())

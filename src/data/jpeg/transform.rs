@@ -80,32 +80,29 @@ pub fn store<const ACROSS: usize, const DOWN: usize>(
 const CONSTANT: i32 = 13;
 const KEPT: i32 = 2;
 
-/// The pixels of a block that has no coefficients behind `last`, in zigzag order.
+/// The pixels of a block; `plain` where it has its first coefficient alone.
 #[inline(always)]
-pub fn block_pixels(block: [[i32; SIDE]; SIDE], last: usize) -> [[u8; SIDE]; SIDE] {
-    match last {
-        0 => {
-            let value = (block[0][0].wrapping_add(4) >> 3).saturating_add(128);
-            [[value.clamp(0, 255) as u8; SIDE]; SIDE]
-        }
-        // The first four diagonals.
-        1..10 => inverse::<4>(block),
-        _ => inverse::<SIDE>(block),
+pub fn block_pixels(block: [[i32; SIDE]; SIDE], plain: bool) -> [[u8; SIDE]; SIDE] {
+    if plain {
+        let value = (block[0][0].wrapping_add(4) >> 3).saturating_add(128);
+        [[value.clamp(0, 255) as u8; SIDE]; SIDE]
+    } else {
+        inverse(block)
     }
 }
 
 /// The pixels of a block of coefficients (rows of vertical frequencies), as libjpeg's accurate integer
-/// transform gives them: columns first, then rows. Rows and columns from `FILLED` on are zeros.
+/// transform gives them: columns first, then rows.
 #[inline(always)]
-fn inverse<const FILLED: usize>(mut block: [[i32; SIDE]; SIDE]) -> [[u8; SIDE]; SIDE] {
-    pass::<FILLED>(&mut block, CONSTANT - KEPT);
+fn inverse(mut block: [[i32; SIDE]; SIDE]) -> [[u8; SIDE]; SIDE] {
+    pass(&mut block, CONSTANT - KEPT);
     let mut turned = [[0; SIDE]; SIDE];
     for row in 0..SIDE {
         for column in 0..SIDE {
             turned[column][row] = block[row][column];
         }
     }
-    pass::<FILLED>(&mut turned, CONSTANT + KEPT + 3);
+    pass(&mut turned, CONSTANT + KEPT + 3);
     let mut pixels = [[0; SIDE]; SIDE];
     for row in 0..SIDE {
         for column in 0..SIDE {
@@ -115,16 +112,16 @@ fn inverse<const FILLED: usize>(mut block: [[i32; SIDE]; SIDE]) -> [[u8; SIDE]; 
     pixels
 }
 
-/// The inverse transform of every column of `FILLED` rows, rounded to `shift` bits less.
+/// The inverse transform of every column, rounded to `shift` bits less.
 #[expect(
     clippy::needless_range_loop,
     reason = "columns become the lanes of vectors"
 )]
 #[inline(always)]
-fn pass<const FILLED: usize>(block: &mut [[i32; SIDE]; SIDE], shift: i32) {
+fn pass(block: &mut [[i32; SIDE]; SIDE], shift: i32) {
     let round = 1 << (shift - 1);
     for column in 0..SIDE {
-        let at = |row: usize| if row < FILLED { block[row][column] } else { 0 };
+        let at = |row: usize| block[row][column];
         let by = |value: i32, constant: i32| value.wrapping_mul(constant);
         // Even frequencies: a rotation by 3/8 of a right angle, and butterflies.
         let both = by(at(2).wrapping_add(at(6)), 4_433);
