@@ -37,8 +37,10 @@ def without_dropout(model):
 
 
 # Images off by a last digit, to see what rounding does: behind a ReLU one value next to zero
-# decides over a gradient, and a single float32 run may be lucky with it.
+# decides over a gradient, and a single float32 run may be lucky with it. In the networks named here six
+# runs were lucky: in one of forty PyTorch's own gradients are off by a hundredth.
 NUDGES = 6
+LUCKY = dict.fromkeys(["shufflenet_v1_x0_5_g3", "shufflenet_g3_w1", "shufflenet_g3_w3d4"], 40)
 
 
 def nudged(images, seed):
@@ -56,7 +58,7 @@ def gradients(name):
     images = torch.from_numpy(formula.images(BATCH, SIDE, SIDE))
     runs = []
     kinds = [(torch.float64, LAYOUTS[0], 0)] + [(torch.float32, layout, 0) for layout in LAYOUTS]
-    kinds += [(torch.float32, LAYOUTS[0], seed + 1) for seed in range(NUDGES)]
+    kinds += [(torch.float32, LAYOUTS[0], seed + 1) for seed in range(LUCKY.get(name, NUDGES))]
     for dtype, layout, nudge in kinds:
         model = network.build(SIDE, SIDE)
         fill(model, network, SIDE, SIDE)
