@@ -1,7 +1,7 @@
 //! sconce classifies images from a terminal, with networks that candle holds and our own plans run.
 //!
 //! The rooms, each of which uses only those below it: [`cli`], [`report`], [`explain`], [`data`], [`weights`],
-//! [`hub`], [`models`], [`exec`], [`kernels`], [`graph`].
+//! [`hub`], [`models`], [`exec`], [`ranks`], [`kernels`], [`graph`].
 
 pub mod cli;
 pub mod data;
@@ -11,6 +11,7 @@ pub mod graph;
 pub mod hub;
 pub mod kernels;
 pub mod models;
+pub mod ranks;
 pub mod report;
 pub mod train;
 pub mod weights;

@@ -2,11 +2,15 @@
 
 use std::io;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use clap::error::ErrorKind;
 use sconce::cli::{self, Cli};
+use sconce::ranks::Ranks;
 
+/// Time for the first of several processes to say what is wrong.
+const PATIENCE: Duration = Duration::from_millis(500);
 /// Nothing could be done.
 const FAILURE: u8 = 2;
 
@@ -17,15 +21,31 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    match cli.run() {
-        Ok(outcome) => ExitCode::from(outcome.exit_code()),
-        // Whoever read the results has read enough.
-        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
+    let ranks = match Ranks::join() {
+        Ok(ranks) => ranks,
         Err(error) => {
+            cli::complain(&error);
+            return ExitCode::from(FAILURE);
+        }
+    };
+    let (code, error) = match cli.run(&ranks) {
+        Ok(outcome) => return ExitCode::from(outcome.exit_code()),
+        // Whoever read the results has read enough.
+        Err(error) if is_closed_pipe(&error) => (0, None),
+        Err(error) => (FAILURE, Some(error)),
+    };
+    if let Some(error) = error {
+        if ranks.is_first() {
             cli::complain(&format!("{error:#}"));
-            ExitCode::from(FAILURE)
+        } else {
+            // What is wrong with all, the first one says, and ends them.
+            std::thread::sleep(PATIENCE);
+            cli::complain(&format!("rank {}: {error:#}", ranks.rank()));
         }
     }
+    // The others would wait for this one.
+    ranks.abort(code);
+    ExitCode::from(code)
 }
 
 /// A decoder that panics has met a broken image, which is reported as such.

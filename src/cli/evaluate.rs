@@ -146,6 +146,8 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         batch_size: arguments.batch_size.get(),
         seed: global.seed(),
         threads: global.threads(),
+        parts: 1,
+        part: 0,
     };
     let temperature = arguments.temperature.unwrap_or(model.temperature);
     let Model { labels, name, .. } = model;

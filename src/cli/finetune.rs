@@ -110,6 +110,11 @@ struct Given {
     /// [default: stored with --freeze auto, else batch]
     #[arg(long, value_enum)]
     norms: Option<Norms>,
+    /// With several processes (mpirun, srun): let batch norms go by the statistics of the whole batch,
+    /// not of each process's part
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    sync_bn: bool,
     /// Begin with random weights
     #[arg(long)]
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -316,20 +321,28 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     for note in run.dataset.notices.notes.iter().chain(&notes) {
         watcher.say(note);
     }
-    for place in &run.dataset.notices.skipped {
+    // All ranks look at the same folders.
+    for place in run
+        .dataset
+        .notices
+        .skipped
+        .iter()
+        .filter(|_| run.ranks.is_first())
+    {
         watcher.leave_out(place);
     }
     let out = run.out.clone();
     let labels = run.model.labels.clone();
-    let mut report = RunReport::new(&run);
+    let ranks = global.ranks.clone();
+    let mut report = ranks.is_first().then(|| RunReport::new(&run));
     let end = run.fit(state.as_ref(), &mut |event| {
-        if let Event::Epoch(epoch, evaluation) = &event {
+        if let (Event::Epoch(epoch, evaluation), Some(report)) = (&event, &mut report) {
             watcher.note_failure(report.epoch(epoch, evaluation));
         }
         watcher.see(event);
     });
     watcher.bar.finish_and_clear();
-    if let Ok(end) = &end {
+    if let (Ok(end), Some(mut report)) = (&end, report) {
         watcher.note_failure(report.finish(matches!(end, End::Finished(_))));
     }
     match end? {
@@ -345,6 +358,10 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
             Ok(Outcome::Interrupted)
         }
         End::Finished(summary) => {
+            let [left_out] = ranks.sum([watcher.left_out as f64]);
+            if !ranks.is_first() {
+                return Ok(Outcome::AllDone);
+            }
             let mut stdout = global.stdout();
             match arguments.format {
                 ReportFormat::Json => {
@@ -353,10 +370,10 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
                 }
                 ReportFormat::Text => write_text(&mut stdout, &summary, &labels)?,
             }
-            if watcher.left_out == 0 {
+            if left_out == 0.0 {
                 return Ok(Outcome::AllDone);
             }
-            watcher.say(&format!("left out as unreadable: {}", watcher.left_out));
+            watcher.say(&format!("left out as unreadable: {left_out}"));
             Ok(Outcome::SomeFailed)
         }
     }
@@ -438,7 +455,7 @@ fn prepare(global: &Global, arguments: &Arguments) -> anyhow::Result<Prepared> {
         dataset.train.len(),
         dataset.validation.len()
     ));
-    if state.is_none() {
+    if state.is_none() && global.ranks.is_first() {
         make_folder(&out, arguments.force)?;
     }
     let run = Run {
@@ -452,6 +469,7 @@ fn prepare(global: &Global, arguments: &Arguments) -> anyhow::Result<Prepared> {
         out,
         checkpoint_every: arguments.checkpoint_every,
         stop: Arc::new(AtomicBool::new(false)),
+        ranks: global.ranks.clone(),
     };
     if state.is_none() {
         run.write_config()?;
@@ -709,6 +727,7 @@ fn describe_load(report: &LoadReport, from: &str) -> Vec<String> {
 /// Shows what happens.
 struct Watcher {
     quiet: bool,
+    verbose: bool,
     terminal: bool,
     bar: ProgressBar,
     epochs: u64,
@@ -722,6 +741,7 @@ impl Watcher {
     fn new(global: &Global) -> Self {
         Self {
             quiet: global.quiet,
+            verbose: global.verbose,
             terminal: !global.quiet && io::stderr().is_terminal(),
             bar: ProgressBar::hidden(),
             epochs: 0,
@@ -790,6 +810,18 @@ impl Watcher {
     }
 
     fn batch(&mut self, report: &BatchReport) {
+        if self.verbose {
+            let BatchReport {
+                epoch,
+                batch,
+                batch_loss,
+                learning_rate,
+                ..
+            } = report;
+            self.say(&format!(
+                "epoch {epoch}, batch {batch}: loss {batch_loss:.8}, rate {learning_rate:.2e}"
+            ));
+        }
         self.epochs = report.epochs;
         self.set_bar(report.batches, report.batch, "{msg}");
         self.bar.set_message(format!(

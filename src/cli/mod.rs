@@ -27,6 +27,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::exec::DeviceChoice;
 use crate::exec::cpu::Options;
 use crate::hub::Hub;
+use crate::ranks::Ranks;
 use crate::weights::{Model, Request, WeightsChoice};
 
 /// Classify images, teach networks new classes, and look at them.
@@ -108,6 +109,9 @@ struct Global {
     /// When to use colours (NO_COLOR is heeded too)
     #[arg(long, global = true, value_enum, value_name = "WHEN", default_value_t = Color::Auto)]
     color: Color,
+    /// The processes that do this together.
+    #[arg(skip)]
+    ranks: Ranks,
 }
 
 /// The network that is part of the program.
@@ -160,11 +164,19 @@ impl Outcome {
 }
 
 impl Cli {
-    /// Does what was asked for.
+    /// Does what was asked for, together with the other processes of `ranks`.
     ///
     /// # Errors
     /// Where nothing could be done.
-    pub fn run(self) -> anyhow::Result<Outcome> {
+    pub fn run(mut self, ranks: &Ranks) -> anyhow::Result<Outcome> {
+        self.global.ranks = ranks.clone();
+        // What the first one says is enough.
+        self.global.quiet |= !ranks.is_first();
+        self.global.verbose &= ranks.is_first();
+        let together = matches!(self.command, Command::Finetune(_));
+        if ranks.are_several() && !together {
+            anyhow::bail!("several processes do only finetune together");
+        }
         match self.command {
             Command::Classify(arguments) => classify::run(&self.global, arguments),
             Command::Finetune(arguments) => finetune::run(&self.global, &arguments),

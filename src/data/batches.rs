@@ -1,3 +1,4 @@
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::cache::{Cache, Kept};
@@ -22,6 +23,10 @@ pub struct BatchPlan {
     pub batch_size: usize,
     pub seed: u64,
     pub threads: usize,
+    /// The processes that have a part of every batch each, and of all samples where these are read in
+    /// their order: how many, and which of them this is.
+    pub parts: usize,
+    pub part: usize,
 }
 
 /// Images of one batch.
@@ -50,9 +55,8 @@ pub struct Skipped {
 pub struct Batches {
     pipeline: Pipeline<(usize, Result<Vec<f32>, ImageError>)>,
     samples: Arc<[Sample]>,
-    batch_size: usize,
-    /// Samples still to come.
-    left: usize,
+    /// Samples of each batch still to come.
+    sizes: std::vec::IntoIter<usize>,
     mixing: Option<Mixing>,
 }
 
@@ -107,14 +111,25 @@ impl BatchPlan {
         order
     }
 
+    /// This process's part of so many samples that follow each other.
+    fn share(&self, samples: usize) -> Range<usize> {
+        let bound = |part: usize| part * samples / self.parts;
+        bound(self.part)..bound(self.part + 1)
+    }
+
+    /// This process's samples of an epoch's batches, from batch `first` on.
+    pub fn training_samples(&self, epoch: u64, first: usize) -> Vec<Vec<usize>> {
+        let order = self.order(epoch);
+        let batches = order.chunks(self.batch_size).skip(first);
+        batches.map(|b| b[self.share(b.len())].to_vec()).collect()
+    }
+
     /// An epoch's batches in its own random order, from batch `first` on.
     ///
     /// # Errors
     /// Where threads cannot be started.
     pub fn training(&self, epoch: u64, first: usize) -> std::io::Result<Batches> {
-        let mut order = self.order(epoch);
-        order.drain(..(first * self.batch_size).min(order.len()));
-        let mut batches = self.start(order, Some(epoch))?;
+        let mut batches = self.start(self.training_samples(epoch, first), Some(epoch))?;
         batches.mixing = Some(Mixing {
             augmentation: self.augmentation,
             size: self.preprocessing.crop,
@@ -125,23 +140,25 @@ impl BatchPlan {
         Ok(batches)
     }
 
-    /// All samples in their order, prepared as for classification.
+    /// This process's samples in their order, prepared as for classification.
     ///
     /// # Errors
     /// Where threads cannot be started.
     pub fn evaluation(&self) -> std::io::Result<Batches> {
-        self.start((0..self.samples.len()).collect(), None)
+        let samples: Vec<usize> = self.share(self.samples.len()).collect();
+        let batches = samples.chunks(self.batch_size).map(<[usize]>::to_vec);
+        self.start(batches.collect(), None)
     }
 
-    fn start(&self, order: Vec<usize>, epoch: Option<u64>) -> std::io::Result<Batches> {
+    fn start(&self, batches: Vec<Vec<usize>>, epoch: Option<u64>) -> std::io::Result<Batches> {
         let plan = self.clone();
-        let left = order.len();
+        let sizes: Vec<usize> = batches.iter().map(Vec::len).collect();
+        let order = batches.into_iter().flatten();
         let work = move |index: usize, budget: &Budget| (index, plan.load(index, epoch, budget));
         Ok(Batches {
-            pipeline: Pipeline::start(order.into_iter(), self.threads, work)?,
+            pipeline: Pipeline::start(order, self.threads, work)?,
             samples: self.samples.clone(),
-            batch_size: self.batch_size,
-            left,
+            sizes: sizes.into_iter(),
             mixing: None,
         })
     }
@@ -210,10 +227,7 @@ impl Iterator for Batches {
     type Item = Batch;
 
     fn next(&mut self) -> Option<Batch> {
-        let count = self.batch_size.min(self.left);
-        if count == 0 {
-            return None;
-        }
+        let count = self.sizes.next()?;
         let mut batch = Batch {
             pixels: Vec::new(),
             samples: Vec::with_capacity(count),
@@ -242,7 +256,6 @@ impl Iterator for Batches {
                 }),
             }
         }
-        self.left -= count;
         if let Some(mixing) = &mut self.mixing {
             mixing.mix(&mut batch);
         }
@@ -296,6 +309,8 @@ mod tests {
             batch_size,
             seed: 5,
             threads,
+            parts: 1,
+            part: 0,
         }
     }
 
@@ -319,6 +334,30 @@ mod tests {
             labels(plan.training(0, 9).unwrap()),
             Vec::<Vec<usize>>::new()
         );
+    }
+
+    #[test]
+    fn parts_of_batches_are_the_batches() {
+        let folder = tempfile::tempdir().unwrap();
+        let plan = plan(folder.path(), 6, 2);
+        let whole = plan.training_samples(3, 1);
+        for parts in [2, 3, 5, 8] {
+            let of_part = |part| BatchPlan {
+                parts,
+                part,
+                ..plan.clone()
+            };
+            let all: Vec<_> = (0..parts)
+                .map(|p| of_part(p).training_samples(3, 1))
+                .collect();
+            for (index, batch) in whole.iter().enumerate() {
+                let joined: Vec<usize> = all.iter().flat_map(|own| own[index].clone()).collect();
+                assert_eq!(&joined, batch);
+            }
+            let evaluated = (0..parts).flat_map(|p| of_part(p).evaluation().unwrap());
+            let labels: Vec<usize> = evaluated.flat_map(|b| b.labels).collect();
+            assert_eq!(labels, (0..20).collect::<Vec<_>>());
+        }
     }
 
     #[test]

@@ -12,5 +12,5 @@ mod train;
 
 pub use device::{DeviceChoice, DeviceError};
 pub use runner::Runner;
-pub use step::{EagerStep, HeadStep, TrainingStep, Variables, head_logits, training_step};
+pub use step::{EagerStep, HeadStep, Others, TrainingStep, Variables, head_logits, training_step};
 pub use train::PlanStep;

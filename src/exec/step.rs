@@ -10,6 +10,41 @@ use super::eager::{self, Eager, Mode, Training};
 use super::params::fetch;
 use super::train::PlanStep;
 use crate::graph::{Graph, Op};
+use crate::ranks::Ranks;
+
+/// What other processes have of a batch that several train on together.
+#[derive(Clone, Debug, Default)]
+pub struct Others {
+    pub ranks: Ranks,
+    /// Batch norms go by the statistics of all images, not of those that this process has.
+    pub sync_norms: bool,
+    /// Images of the batch that other processes have: those before the own ones, and those behind.
+    pub before: usize,
+    pub behind: usize,
+    /// The batch has nothing for this process: its image only keeps it in step.
+    pub absent: bool,
+}
+
+impl Others {
+    /// Draws for all images of the batch, with what `draw` gives for the own ones: so dropout does not
+    /// depend on who has which. `each` numbers are drawn for an image.
+    pub(super) fn draw<T>(
+        &self,
+        generator: &mut ChaCha8Rng,
+        each: usize,
+        draw: impl FnOnce(&mut ChaCha8Rng) -> T,
+    ) -> T {
+        let skip = |generator: &mut ChaCha8Rng, images: usize| {
+            // A number takes two words.
+            let words = 2 * images as u128 * each as u128;
+            generator.set_word_pos(generator.get_word_pos() + words);
+        };
+        skip(generator, self.before);
+        let drawn = draw(generator);
+        skip(generator, self.behind);
+        drawn
+    }
+}
 
 /// One network in training: forward and backward of a batch, its parameters as candle variables.
 pub trait TrainingStep {
@@ -39,6 +74,12 @@ pub trait TrainingStep {
         logits_gradient: &Tensor,
         sink: &mut dyn FnMut(usize, Tensor) -> Result<()>,
     ) -> Result<()>;
+
+    /// Says who else trains on the next batch.
+    ///
+    /// # Errors
+    /// Where statistics are to be shared and this way of training cannot.
+    fn train_with(&mut self, others: Others) -> Result<()>;
 
     /// For every step of a compiled plan the node that it belongs to, what kind of step it is, and
     /// the time spent in it so far; empty where there is no plan.
@@ -144,6 +185,13 @@ impl TrainingStep for EagerStep {
         self.variables.buffers()
     }
 
+    fn train_with(&mut self, others: Others) -> Result<()> {
+        if others.sync_norms {
+            bail!("batch norms are synchronised on the CPU only");
+        }
+        Ok(())
+    }
+
     fn forward(&mut self, images: &Tensor, generator: &mut ChaCha8Rng) -> Result<Tensor> {
         let mut training = Training::new(generator.clone());
         let mode = Mode::Train(&mut training);
@@ -204,6 +252,7 @@ pub fn training_step(
 pub struct HeadStep {
     parameters: Vec<(String, Var)>,
     dropout: f64,
+    others: Others,
     /// The features of the last `forward`, after dropout.
     features: Option<Tensor>,
 }
@@ -221,6 +270,7 @@ impl HeadStep {
         Ok(Self {
             parameters,
             dropout: graph.features().1,
+            others: Others::default(),
             features: None,
         })
     }
@@ -247,8 +297,17 @@ impl TrainingStep for HeadStep {
         &[]
     }
 
+    fn train_with(&mut self, others: Others) -> Result<()> {
+        self.others = others;
+        Ok(())
+    }
+
     fn forward(&mut self, features: &Tensor, generator: &mut ChaCha8Rng) -> Result<Tensor> {
-        let features = eager::dropout(&features.detach(), self.dropout, generator)?;
+        let (p, width) = (self.dropout, features.dim(1)?);
+        let each = if p > 0.0 { width } else { 0 };
+        let features = self.others.draw(generator, each, |generator| {
+            eager::dropout(&features.detach(), p, generator)
+        })?;
         let values = self.parameters.iter().map(|(_, v)| v.as_detached_tensor());
         let values: Vec<Tensor> = values.collect();
         let logits = head_logits(&features, &values[0], values.get(1))?;

@@ -116,7 +116,7 @@ pub(super) unsafe fn store<S: Simd>(to: *mut f32, value: S::f32s) {
 /// Asks for the cache lines of `count` values, which are written soon: the processor fetches them while
 /// it computes. Only a hint, for addresses that need not exist.
 #[inline(always)]
-pub(super) fn prefetch(at: *const f32, count: usize) {
+pub(crate) fn prefetch(at: *const f32, count: usize) {
     #[cfg(target_arch = "x86_64")]
     for line in (0..count).step_by(16) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};

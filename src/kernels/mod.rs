@@ -57,6 +57,7 @@ mod tests;
 use std::ops::Range;
 
 pub use isa::Isa;
+pub(crate) use isa::prefetch;
 
 /// Height, width and channels of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -351,77 +351,110 @@ pub fn load_weights(isa: Isa, weight: &[f32], turned: bool, weights: &mut [Packe
     let columns = weight.len() / 9 / depth;
     let mut transformed = vec![0.0; weights.len() * columns];
     for row in 0..depth {
-        isa.compiled(|| {
-            for start in (0..columns).step_by(LINE) {
-                let width = LINE.min(columns - start);
-                let mut taps = [[0.0_f32; LINE]; 9];
-                for column in 0..width {
-                    let (o, i) = match turned {
-                        false => (start + column, row),
-                        true => (row, start + column),
-                    };
-                    let inputs = if turned { columns } else { depth };
-                    let kernel = &weight[(o * inputs + i) * 9..][..9];
-                    for (tap, &value) in kernel.iter().enumerate() {
-                        taps[if turned { 8 - tap } else { tap }][column] = value;
-                    }
-                }
-                for (fy, gy) in g.iter().enumerate() {
-                    let mut half = [[0.0_f32; LINE]; 3];
-                    for kx in 0..3 {
-                        for l in 0..LINE {
-                            half[kx][l] = gy[0] * taps[kx][l]
-                                + gy[1] * taps[3 + kx][l]
-                                + gy[2] * taps[6 + kx][l];
+        isa.compiled(
+            #[inline(always)]
+            || {
+                for start in (0..columns).step_by(LINE) {
+                    let width = LINE.min(columns - start);
+                    let mut taps = [[0.0_f32; LINE]; 9];
+                    for column in 0..width {
+                        let (o, i) = match turned {
+                            false => (start + column, row),
+                            true => (row, start + column),
+                        };
+                        let inputs = if turned { columns } else { depth };
+                        let kernel = &weight[(o * inputs + i) * 9..][..9];
+                        for (tap, &value) in kernel.iter().enumerate() {
+                            taps[if turned { 8 - tap } else { tap }][column] = value;
                         }
                     }
-                    for (fx, gx) in g.iter().enumerate() {
-                        let mut line = [0.0_f32; LINE];
-                        for l in 0..LINE {
-                            line[l] = gx[0] * half[0][l] + gx[1] * half[1][l] + gx[2] * half[2][l];
+                    for (fy, gy) in g.iter().enumerate() {
+                        let mut half = [[0.0_f32; LINE]; 3];
+                        for kx in 0..3 {
+                            for l in 0..LINE {
+                                half[kx][l] = gy[0] * taps[kx][l]
+                                    + gy[1] * taps[3 + kx][l]
+                                    + gy[2] * taps[6 + kx][l];
+                            }
                         }
-                        let to = &mut transformed[(fy * tile + fx) * columns + start..][..width];
-                        to.copy_from_slice(&line[..width]);
+                        for (fx, gx) in g.iter().enumerate() {
+                            let mut line = [0.0_f32; LINE];
+                            for l in 0..LINE {
+                                line[l] =
+                                    gx[0] * half[0][l] + gx[1] * half[1][l] + gx[2] * half[2][l];
+                            }
+                            let to =
+                                &mut transformed[(fy * tile + fx) * columns + start..][..width];
+                            to.copy_from_slice(&line[..width]);
+                        }
                     }
                 }
-            }
-        });
+            },
+        );
         for (packed, values) in weights.iter_mut().zip(transformed.chunks_exact(columns)) {
             packed.set_row(row, values);
         }
     }
 }
 
-/// Sixteen outputs of one input of the weights' gradient, Gᵀ U G, `[9][16]`; `sum(frequency)` gives
-/// the sums U.
-pub fn gradient_of_weights(
+/// The weights' gradient, Gᵀ U G, of sixteen outputs and some inputs, to `[16, inputs, 9]` with `stride`
+/// values from an output to the next; `sum(frequency, input)` gives the sums U.
+///
+/// # Safety
+/// There is so much room, and it is the caller's alone.
+pub unsafe fn gradient_of_weights(
     isa: Isa,
     tile: usize,
-    sum: impl Fn(usize) -> [f32; PANEL],
-) -> [[f32; PANEL]; 9] {
-    let g = kernel_transform(tile);
-    let mut out = [[0.0_f32; PANEL]; 9];
-    isa.compiled(|| {
-        for (fy, gy) in g.iter().enumerate() {
-            let mut half = [[0.0_f32; PANEL]; 3];
-            for (fx, gx) in g.iter().enumerate() {
-                let values = sum(fy * tile + fx);
-                for kx in 0..3 {
-                    let scale = gx[kx] as f32;
-                    for l in 0..PANEL {
-                        half[kx][l] += scale * values[l];
+    inputs: usize,
+    sum: impl Fn(usize, usize) -> [f32; PANEL],
+    to: *mut f32,
+    stride: usize,
+) {
+    let g: Vec<[f32; 3]> = kernel_transform(tile)
+        .into_iter()
+        .map(|row| row.map(|v| v as f32))
+        .collect();
+    isa.compiled(
+        #[inline(always)]
+        || {
+            for first in (0..inputs).step_by(INPUTS) {
+                let inputs = INPUTS.min(inputs - first);
+                let mut taps = [[[0.0_f32; PANEL]; 9]; INPUTS];
+                for (input, out) in taps[..inputs].iter_mut().enumerate() {
+                    for (fy, gy) in g.iter().enumerate() {
+                        let mut half = [[0.0_f32; PANEL]; 3];
+                        for (fx, gx) in g.iter().enumerate() {
+                            let values = sum(fy * tile + fx, first + input);
+                            for kx in 0..3 {
+                                for l in 0..PANEL {
+                                    half[kx][l] += gx[kx] * values[l];
+                                }
+                            }
+                        }
+                        for ky in 0..3 {
+                            for kx in 0..3 {
+                                for l in 0..PANEL {
+                                    out[ky * 3 + kx][l] += gy[ky] * half[kx][l];
+                                }
+                            }
+                        }
+                    }
+                }
+                let taps = taps[..inputs].as_flattened();
+                for o in 0..PANEL {
+                    // SAFETY: as the caller promises.
+                    let to = unsafe {
+                        let to = to.add(o * stride + first * 9);
+                        std::slice::from_raw_parts_mut(to, taps.len())
+                    };
+                    for (to, tap) in to.iter_mut().zip(taps) {
+                        *to = tap[o];
                     }
                 }
             }
-            for ky in 0..3 {
-                let scale = gy[ky] as f32;
-                for kx in 0..3 {
-                    for l in 0..PANEL {
-                        out[ky * 3 + kx][l] += scale * half[kx][l];
-                    }
-                }
-            }
-        }
-    });
-    out
+        },
+    );
 }
+
+/// Inputs whose gradients are handed out together: whole lines of memory.
+const INPUTS: usize = 16;

@@ -75,7 +75,8 @@ pub struct BatchReport {
     /// Batches done, of so many.
     pub batch: u64,
     pub batches: u64,
-    /// Of the epoch so far, on the training images as they were augmented.
+    /// Of the last batch, and of the epoch so far, on the training images as they were augmented.
+    pub batch_loss: f64,
     pub loss: f64,
     pub accuracy: f64,
     pub learning_rate: f64,

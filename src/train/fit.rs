@@ -23,14 +23,16 @@ use super::settings::{ClassWeights, HeadStart, Metric, Norms, Settings};
 use super::slices::Workers;
 use super::source::{Features, Inputs, Source};
 use super::state::{Best, Progress, State, StateError, WEIGHTS};
+use super::team::{Exchange, Rows, first_ones, follow_first};
 use crate::data::{
     Augmentation, BatchPlan, Cache, CacheLimit, Dataset, Decoder, Purpose, Sample, Skipped,
     generator,
 };
 use crate::exec::cpu::{Options, PlanError};
 use crate::exec::params::{Params, TensorMap, TensorSource};
-use crate::exec::{HeadStep, Runner, TrainingStep, Variables, training_step};
+use crate::exec::{HeadStep, Others, Runner, TrainingStep, Variables, training_step};
 use crate::graph::Graph;
+use crate::ranks::Ranks;
 use crate::weights::{Description, WeightsError, write_tensors, write_whole};
 
 /// A run: what to train, on what, and where the results go.
@@ -51,6 +53,18 @@ pub struct Run {
     pub checkpoint_every: Duration,
     /// Set from outside to end after the step that is under way.
     pub stop: Arc<AtomicBool>,
+    /// The processes that train together. The first alone writes.
+    pub ranks: Ranks,
+}
+
+/// What a batch gave.
+#[derive(Default)]
+pub(super) struct Learned {
+    /// The mean over its images.
+    pub loss: f64,
+    /// Images that were named rightly, and all of them.
+    pub correct: u64,
+    pub images: u64,
 }
 
 /// The best model, as it becomes better.
@@ -96,6 +110,9 @@ impl Run {
     /// # Errors
     /// Where the file cannot be written.
     pub fn write_config(&self) -> Result<(), TrainError> {
+        if !self.ranks.is_first() {
+            return Ok(());
+        }
         let text = self.settings.to_toml();
         let path = self.out.join(CONFIG_FILE);
         let text = format!("# sconce finetune --config FILE\n{text}");
@@ -161,6 +178,8 @@ impl Run {
             batch_size: self.settings.batch_size,
             seed: self.settings.seed,
             threads: self.threads,
+            parts: self.ranks.count(),
+            part: self.ranks.rank(),
         }
     }
 }
@@ -267,10 +286,13 @@ impl Fitting {
         if fits && let (Some(training), Some(validation)) = &known {
             first =
                 frozen_part.fit_head(&graph, &variables, training, validation, &loss, &workers)?;
-            if first.is_none() {
+            if run.ranks.any(first.is_none()) {
                 return Ok(None);
             }
         }
+        // Machines that are not alike may have fitted another head in the last digits.
+        let all = variables.parameters().iter().chain(variables.buffers());
+        follow_first(&run.ranks, all)?;
         let named = frozen_part.named;
         let plan = run.batch_plan(&run.dataset.train, settings.augmentation(), &limit);
         let (step, source, validation) = match (known, runner) {
@@ -443,22 +465,24 @@ impl Fitting {
             unread = batch.skipped.last().cloned().or(unread);
             rate = self.schedule.rate(pending.step);
             let index = pending.batch;
-            if !batch.labels.is_empty() {
-                let mut dropout = generator(settings.seed, Purpose::Dropout, epoch, index);
-                let (loss, correct) = self.learn(&batch, &mut dropout, &mut gradients)?;
-                if !loss.is_finite() {
-                    return Err(self.diverged("loss", loss, index, rate));
-                }
-                let count = batch.labels.len();
-                filled += 1;
-                images_here += count as u64;
-                pending.images += count as u64;
-                pending.loss_sum += loss * count as f64;
-                pending.correct += correct;
+            let last = waiting + 1 == settings.accumulate || pending.batch + 1 == batches;
+            let mut dropout = generator(settings.seed, Purpose::Dropout, epoch, index);
+            let Learned {
+                loss,
+                correct,
+                images,
+            } = self.learn(&batch, &mut dropout, &mut gradients, last)?;
+            if !loss.is_finite() {
+                return Err(self.diverged("loss", loss, index, rate));
             }
+            filled += usize::from(images > 0);
+            images_here += images;
+            pending.images += images;
+            pending.loss_sum += loss * images as f64;
+            pending.correct += correct;
             pending.batch += 1;
             waiting += 1;
-            if waiting == settings.accumulate || pending.batch == batches {
+            if last {
                 if filled > 0 {
                     self.update(&mut gradients, filled, rate, index)?;
                     pending.step += 1;
@@ -466,17 +490,23 @@ impl Fitting {
                 (waiting, filled) = (0, 0);
                 let spent = began.elapsed().as_secs_f64();
                 self.progress = pending.clone();
-                observe(Event::Batch(self.batch_report(
-                    batches,
-                    rate,
-                    images_here,
-                    spent,
-                )));
-                if self.is_stopped() {
+                let report = self.batch_report(batches, rate, images_here, spent);
+                observe(Event::Batch(BatchReport {
+                    batch_loss: loss,
+                    ..report
+                }));
+                // The first rank's clock is that of all.
+                let ranks = self.run.ranks.clone();
+                let time_is_up = ranks.is_first() && self.is_time_up();
+                let [stopped, time_is_up] =
+                    ranks.sum([self.is_stopped(), time_is_up].map(|b| f64::from(u8::from(b))));
+                if stopped > 0.0 {
                     self.save()?;
                     return Ok(None);
                 }
-                self.heed_clock(observe)?;
+                if time_is_up > 0.0 {
+                    self.end_here(observe)?;
+                }
                 if self.last_checkpoint.elapsed() >= self.run.checkpoint_every {
                     self.save()?;
                 }
@@ -494,15 +524,18 @@ impl Fitting {
         Ok(Some((rate, speed)))
     }
 
-    /// Adds a batch's gradients to what is there. Gives its loss, and how many images were named
-    /// rightly; no gradients where the loss is not finite.
+    /// Adds a batch's gradients to what is there; no gradients where the loss is not finite. With the
+    /// `last` batch of a step the sums over all ranks take their place.
     pub(super) fn learn(
         &mut self,
         batch: &Inputs,
         dropout: &mut ChaCha8Rng,
         gradients: &mut [Option<Tensor>],
-    ) -> Result<(f64, u64), TrainError> {
-        let logits = self.step.forward(&batch.tensor, dropout)?;
+        last: bool,
+    ) -> Result<Learned, TrainError> {
+        let ranks = self.run.ranks.clone();
+        let own = batch.labels.len();
+        let absent = own == 0;
         let mixed = batch.own_share.map(|own| {
             let classes = self.run.dataset.classes.len();
             mixed_targets(&batch.labels, own, classes)
@@ -511,14 +544,68 @@ impl Fitting {
             Some(distributions) => Targets::Distributions(distributions),
             None => Targets::Classes(&batch.labels),
         };
-        let (loss, at_logits) = self.loss.loss(&logits, targets)?;
-        let correct = named_rightly(&logits, &batch.labels)?;
+        // By rank: images, then what they count.
+        let mut table = vec![0.0; 2 * ranks.count()];
+        table[ranks.rank()] = own as f64;
+        table[ranks.count() + ranks.rank()] = self.loss.share(targets, own);
+        if let Some(others) = ranks.others() {
+            others.sum(&mut table);
+        }
+        let (images, shares) = table.split_at(ranks.count());
+        let total: f64 = images.iter().sum();
+        if total == 0.0 {
+            if last {
+                self.exchange(gradients)?;
+            }
+            return Ok(Learned::default());
+        }
+        if ranks.are_several() {
+            self.step.train_with(Others {
+                ranks: ranks.clone(),
+                sync_norms: self.run.settings.sync_bn,
+                before: images[..ranks.rank()].iter().sum::<f64>() as usize,
+                behind: images[ranks.rank() + 1..].iter().sum::<f64>() as usize,
+                absent,
+            })?;
+        }
+        let logits = self.step.forward(&batch.tensor, dropout)?;
+        let (mut loss, mut at_logits, mut correct) = if absent {
+            (0.0, logits.zeros_like()?, 0.0)
+        } else {
+            let (loss, at_logits) = self.loss.loss(&logits, targets)?;
+            (
+                loss,
+                at_logits,
+                named_rightly(&logits, &batch.labels)? as f64,
+            )
+        };
+        if ranks.are_several() {
+            let share = shares[ranks.rank()] / shares.iter().sum::<f64>();
+            at_logits = (at_logits * share)?;
+            [loss, correct] = ranks.sum([loss * share, correct]);
+        }
+        let learned = Learned {
+            loss,
+            correct: correct as u64,
+            images: total as u64,
+        };
         if !loss.is_finite() {
-            return Ok((loss, correct));
+            return Ok(learned);
         }
         let workers = &self.workers;
         let accumulates = self.run.settings.accumulate > 1;
+        let mut exchange = ranks.others().filter(|_| last).map(Exchange::new);
         self.step.backward(&at_logits, &mut |index, gradient| {
+            if let Some(exchange) = &mut exchange {
+                return match gradients[index].take() {
+                    Some(sum) if absent => exchange.add(index, &sum, false),
+                    Some(sum) => exchange.add(index, &(sum + gradient)?, false),
+                    None => exchange.add(index, &gradient, absent),
+                };
+            }
+            if absent {
+                return Ok(());
+            }
             match &mut gradients[index] {
                 Some(sum) if sum.device().is_cpu() => workers.add(sum, &gradient)?,
                 Some(sum) => *sum = (&*sum + gradient)?,
@@ -528,7 +615,25 @@ impl Fitting {
             }
             Ok(())
         })?;
-        Ok((loss, correct))
+        if let Some(exchange) = exchange {
+            exchange.finish(gradients, &self.run.device)?;
+        }
+        Ok(learned)
+    }
+
+    /// Puts the sums over all ranks in the place of gradients.
+    fn exchange(&self, gradients: &mut [Option<Tensor>]) -> Result<(), TrainError> {
+        let Some(others) = self.run.ranks.others() else {
+            return Ok(());
+        };
+        let mut exchange = Exchange::new(others);
+        for (index, (_, variable)) in self.step.parameters().iter().enumerate() {
+            match gradients[index].take() {
+                Some(gradient) => exchange.add(index, &gradient, false)?,
+                None => exchange.add(index, variable.as_tensor(), true)?,
+            }
+        }
+        Ok(exchange.finish(gradients, &self.run.device)?)
     }
 
     pub(super) fn is_stopped(&self) -> bool {
@@ -541,19 +646,21 @@ impl Fitting {
         settings.last_step.or(settings.steps).unwrap_or(u64::MAX)
     }
 
-    /// Ends the run with the step just done where the time is up.
-    fn heed_clock(&mut self, observe: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
+    /// Whether the run has to end with the step just done.
+    fn is_time_up(&self) -> bool {
         let settings = &self.run.settings;
-        let (Some(limit), Some(planned)) = (settings.time, settings.steps) else {
-            return Ok(());
-        };
+        self.heeds_clock
+            && settings.steps.is_some()
+            && self.progress.step < self.end_step()
+            && settings
+                .time
+                .is_some_and(|limit| self.seconds() + self.validation_seconds >= limit)
+    }
+
+    /// Ends the run with the step just done.
+    fn end_here(&mut self, observe: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let step = self.progress.step;
-        if !self.heeds_clock
-            || step >= self.end_step()
-            || self.seconds() + self.validation_seconds < limit
-        {
-            return Ok(());
-        }
+        let planned = self.run.settings.steps.unwrap_or(step);
         observe(Event::TimeUp { step, planned });
         self.run.settings.last_step = Some(step);
         self.run.write_config()
@@ -576,6 +683,7 @@ impl Fitting {
             epochs: self.run.settings.epochs,
             batch,
             batches,
+            batch_loss: loss_sum / seen,
             loss: loss_sum / seen,
             accuracy: self.progress.correct as f64 / seen,
             learning_rate: rate,
@@ -667,6 +775,13 @@ impl Fitting {
         let mut evaluation = Evaluation::new(self.run.dataset.classes.len(), 1.0);
         let size = [self.run.model.preprocessing.crop; 2];
         let mut unread = None;
+        let ranks = self.run.ranks.clone();
+        if let Some(others) = ranks.others() {
+            follow_first(&ranks, self.step.buffers().iter())?;
+            for average in self.averages.values_mut() {
+                *average = first_ones(others, average)?;
+            }
+        }
         match &self.validation {
             Validation::Features(features) => {
                 let weights = self.kept_weights();
@@ -682,9 +797,12 @@ impl Fitting {
                     path: "threads".into(),
                     error,
                 })?;
+                let mut own = Rows::default();
+                let mut stopped = false;
                 for batch in batches {
-                    if self.run.stop.load(Ordering::Relaxed) {
-                        return Ok(None);
+                    stopped = self.is_stopped();
+                    if stopped {
+                        break;
                     }
                     for image in batch.skipped {
                         if self.named.insert(image.name.clone()) {
@@ -692,11 +810,23 @@ impl Fitting {
                         }
                         unread = Some(image);
                     }
-                    if !batch.labels.is_empty() {
-                        let logits = runner.run(&batch.pixels, batch.labels.len())?;
+                    if batch.labels.is_empty() {
+                        continue;
+                    }
+                    let logits = runner.run(&batch.pixels, batch.labels.len())?;
+                    if ranks.are_several() {
+                        own.values.extend(logits);
+                        own.labels.extend(&batch.labels);
+                        own.samples.extend(&batch.samples);
+                    } else {
                         evaluation.add(&logits, &batch.labels, &batch.samples);
                     }
                 }
+                if ranks.any(stopped) {
+                    return Ok(None);
+                }
+                let all = own.of_all(&ranks);
+                evaluation.add(&all.values, &all.labels, &all.samples);
             }
         }
         if evaluation.images() == 0 {
@@ -727,10 +857,12 @@ impl Fitting {
             .best
             .is_none_or(|best| value(&now) > value(&best));
         if report.is_best {
-            let path = self.run.out.join(MODEL_FILE);
-            let text = serde_json::to_string(&self.run.model).unwrap_or_default();
-            write_tensors(&path, &self.kept_weights(), text)
-                .map_err(|e| self.not_saved(e.into()))?;
+            if self.run.ranks.is_first() {
+                let path = self.run.out.join(MODEL_FILE);
+                let text = serde_json::to_string(&self.run.model).unwrap_or_default();
+                write_tensors(&path, &self.kept_weights(), text)
+                    .map_err(|e| self.not_saved(e.into()))?;
+            }
             self.progress.best = Some(now);
             self.best_evaluation = Some(evaluation.clone());
         }
@@ -753,6 +885,9 @@ impl Fitting {
 
     pub(super) fn save(&mut self) -> Result<(), TrainError> {
         self.progress.seconds = self.seconds();
+        if !self.run.ranks.is_first() {
+            return Ok(());
+        }
         let mut tensors = BTreeMap::new();
         for (name, tensor) in self.variables.tensors() {
             tensors.insert(format!("{WEIGHTS}{name}"), tensor.clone());
@@ -797,6 +932,9 @@ impl Fitting {
 
     /// Leaves in metrics.jsonl the epochs that are done.
     fn cut_metrics(&self) -> Result<(), TrainError> {
+        if !self.run.ranks.is_first() {
+            return Ok(());
+        }
         let path = self.run.out.join(METRICS_FILE);
         let lines = match fs::read_to_string(&path) {
             Ok(text) => text,
@@ -819,6 +957,9 @@ impl Fitting {
     }
 
     fn append_metrics(&self, report: &EpochReport) -> Result<(), TrainError> {
+        if !self.run.ranks.is_first() {
+            return Ok(());
+        }
         let path = self.run.out.join(METRICS_FILE);
         let line = serde_json::to_string(report).unwrap_or_default();
         let append = || -> io::Result<()> {

@@ -109,6 +109,7 @@ impl<'a, 'o> FrozenPart<'a, 'o> {
             &plan,
             mirrored,
             &run.device,
+            &run.ranks,
             &mut |done, skipped| {
                 for image in skipped {
                     if self.named.insert(image.name.clone()) {
@@ -116,7 +117,8 @@ impl<'a, 'o> FrozenPart<'a, 'o> {
                     }
                     self.unread = Some(image.clone());
                 }
-                let done = *before + done;
+                // As many as the others have, by all that is known here.
+                let done = (*before + done * run.ranks.count()).min(total);
                 (self.observe)(Event::Features { done, total });
                 !run.stop.load(Ordering::Relaxed)
             },

@@ -50,6 +50,17 @@ impl CrossEntropy {
         }
     }
 
+    /// What a batch counts in a mean over several: the weights of its classes, or its images.
+    pub fn share(&self, targets: Targets, images: usize) -> f64 {
+        match (targets, &self.class_weights) {
+            (Targets::Classes(labels), Some(weights)) => {
+                let weight = |&label: &usize| weights.get(label).map_or(1.0, |&w| f64::from(w));
+                labels.iter().map(weight).sum()
+            }
+            _ => images as f64,
+        }
+    }
+
     /// What the log-probabilities are multiplied with, so that their sum is the loss.
     fn weights(&self, count: usize, classes: usize, targets: Targets) -> Result<Vec<f32>> {
         let class_weight = |class: usize| match &self.class_weights {

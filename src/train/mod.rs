@@ -23,6 +23,7 @@ mod settings;
 mod slices;
 mod source;
 mod state;
+mod team;
 mod trial;
 
 pub use calibration::{Bin, Reliability, best_temperature};

@@ -25,6 +25,9 @@ pub struct Settings {
     pub head: HeadStart,
     #[serde(default)]
     pub norms: Norms,
+    /// With several processes: batch norms go by the statistics of all images of a batch.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sync_bn: bool,
     /// Height and width of the images; None until the network is known, then at first its own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image_size: Option<usize>,

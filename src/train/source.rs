@@ -1,15 +1,17 @@
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::metrics::Evaluation;
+use super::team::Rows;
 use crate::data::{Batch, BatchPlan, Batches, Skipped, mirror};
 use crate::exec::{Runner, head_logits};
 use crate::graph::Graph;
+use crate::ranks::Ranks;
 
 /// What a training step takes in.
 pub(super) struct Inputs {
-    /// Images `[N, 3, H, W]`, or features `[N, F]`.
+    /// Images `[N, 3, H, W]`, or features `[N, F]`; one of zeros where there are none.
     pub tensor: Tensor,
     pub labels: Vec<usize>,
     /// As [`Batch::own_share`].
@@ -53,31 +55,43 @@ impl Features {
         plan: &BatchPlan,
         mirrored: bool,
         device: &Device,
+        ranks: &Ranks,
         done: &mut dyn FnMut(usize, &[Skipped]) -> bool,
     ) -> Result<Option<Self>> {
-        let (mut values, mut others): (Vec<f32>, Vec<f32>) = Default::default();
         let size = plan.preprocessing.crop;
-        let mut rows = vec![None; plan.samples.len()];
-        let (mut labels, mut samples) = (Vec::new(), Vec::new());
-        let mut seen = 0;
+        let mut own = Rows::default();
+        let (mut seen, mut go_on) = (0, true);
         for batch in plan.evaluation()? {
-            for &sample in &batch.samples {
-                rows[sample] = Some(labels.len() as u32);
-                labels.push(plan.samples[sample].label);
-                samples.push(sample);
-            }
+            own.samples.extend(&batch.samples);
+            own.labels.extend(&batch.labels);
             if !batch.labels.is_empty() {
-                values.extend(runner.run(&batch.pixels, batch.labels.len())?);
+                own.values
+                    .extend(runner.run(&batch.pixels, batch.labels.len())?);
                 if mirrored {
                     // Its rows follow each other as those of one high image would.
                     let pixels = mirror(&batch.pixels, size);
-                    others.extend(runner.run(&pixels, batch.labels.len())?);
+                    own.mirrored
+                        .extend(runner.run(&pixels, batch.labels.len())?);
                 }
             }
             seen += batch.labels.len() + batch.skipped.len();
-            if !done(seen, &batch.skipped) {
-                return Ok(None);
+            go_on = done(seen, &batch.skipped);
+            if !go_on {
+                break;
             }
+        }
+        if ranks.any(!go_on) {
+            return Ok(None);
+        }
+        let Rows {
+            values,
+            mirrored: others,
+            labels,
+            samples,
+        } = own.of_all(ranks);
+        let mut rows = vec![None; plan.samples.len()];
+        for (row, &sample) in samples.iter().enumerate() {
+            rows[sample] = Some(row as u32);
         }
         let width = values.len().checked_div(labels.len()).unwrap_or(0);
         Ok(Some(Self {
@@ -140,11 +154,7 @@ impl Source {
         let features = self.backbone.as_ref().and_then(|b| b.features.as_ref());
         let batches = match features {
             None => Kind::Read(self.plan.training(epoch, first)?),
-            Some(_) => {
-                let mut order = self.plan.order(epoch);
-                order.drain(..(first * self.plan.batch_size).min(order.len()));
-                Kind::Known(order.into_iter())
-            }
+            Some(_) => Kind::Known(self.plan.training_samples(epoch, first).into_iter()),
         };
         Ok(Epoch {
             source: self,
@@ -161,8 +171,8 @@ pub(super) struct Epoch<'a> {
 
 enum Kind {
     Read(Batches),
-    /// Positions of samples whose features are known.
-    Known(std::vec::IntoIter<usize>),
+    /// Batches of positions of samples whose features are known.
+    Known(std::vec::IntoIter<Vec<usize>>),
 }
 
 impl Epoch<'_> {
@@ -173,27 +183,26 @@ impl Epoch<'_> {
                 let batch = batches.next()?;
                 Some(self.source.read(batch))
             }
-            Kind::Known(order) => {
-                let size = self.source.plan.batch_size;
-                let samples: Vec<usize> = order.by_ref().take(size).collect();
-                (!samples.is_empty()).then(|| self.source.known(&samples))
-            }
+            Kind::Known(batches) => batches.next().map(|samples| self.source.known(&samples)),
         }
     }
 }
 
 impl Source {
-    fn read(&mut self, batch: Batch) -> Result<Inputs> {
-        let count = batch.labels.len();
+    fn read(&mut self, mut batch: Batch) -> Result<Inputs> {
+        let count = batch.labels.len().max(1);
         let size = self.plan.preprocessing.crop;
+        if batch.labels.is_empty() {
+            batch.pixels = vec![0.0; size * size * 3];
+        }
         let tensor = match &mut self.backbone {
-            Some(backbone) if count > 0 => {
+            Some(backbone) => {
                 let values = backbone.runner.run(&batch.pixels, count)?;
                 let width = values.len() / count;
                 Tensor::from_vec(values, (count, width), &self.device)?
             }
             // Pixel after pixel in memory, seen as [N, 3, H, W].
-            _ => Tensor::from_vec(batch.pixels, (count, size, size, 3), &self.device)?
+            None => Tensor::from_vec(batch.pixels, (count, size, size, 3), &self.device)?
                 .permute((0, 3, 1, 2))?,
         };
         Ok(Inputs {
@@ -212,9 +221,15 @@ impl Source {
         let rows: Vec<u32> = samples.iter().filter_map(|&s| features.rows[s]).collect();
         let labels = rows.iter().map(|&row| features.labels[row as usize]);
         let labels = labels.collect();
-        let rows = Tensor::new(rows, &self.device)?;
+        let tensor = if rows.is_empty() {
+            let width = features.tensor.dim(1)?;
+            Tensor::zeros((1, width), DType::F32, &self.device)?
+        } else {
+            let rows = Tensor::new(rows, &self.device)?;
+            features.tensor.index_select(&rows, 0)?
+        };
         Ok(Inputs {
-            tensor: features.tensor.index_select(&rows, 0)?,
+            tensor,
             labels,
             own_share: None,
             skipped: Vec::new(),

@@ -105,19 +105,19 @@ impl Fitting {
             let mut inputs = source.epoch(EPOCH - pass, 0)?;
             let mut began = Instant::now();
             while let Some(batch) = inputs.next() {
-                if self.is_stopped() {
+                if self.run.ranks.any(self.is_stopped()) {
                     return Ok(None);
                 }
                 let batch = batch?;
-                if batch.labels.is_empty() {
-                    continue;
-                }
                 let index = trials.len();
                 let mut dropout = generator(seed, Purpose::Dropout, EPOCH, index as u64);
-                let (loss, _) = self.learn(&batch, &mut dropout, &mut gradients)?;
+                let learned = self.learn(&batch, &mut dropout, &mut gradients, true)?;
+                if learned.images == 0 {
+                    continue;
+                }
                 let updated = self.update(&mut gradients, 1, rate(index), index as u64);
                 trials.push(Trial {
-                    loss,
+                    loss: learned.loss,
                     seconds: began.elapsed().as_secs_f64(),
                 });
                 began = Instant::now();
@@ -169,6 +169,8 @@ impl Fitting {
         let timed = trials.get(UNTIMED..).filter(|t| !t.is_empty());
         let timed = timed.unwrap_or(&trials);
         let seconds = timed.iter().map(|t| t.seconds).sum::<f64>() / timed.len().max(1) as f64;
+        let elapsed = self.seconds_before + self.began.elapsed().as_secs_f64();
+        let [seconds, elapsed] = self.run.ranks.broadcast([seconds, elapsed]);
         let settings = &mut self.run.settings;
         let per_epoch = self.steps_per_epoch;
         let step = seconds * settings.accumulate as f64 * MARGIN;
@@ -176,7 +178,6 @@ impl Fitting {
         let validation =
             self.run.dataset.validation.len() as f64 * seconds / (2.0 * settings.batch_size as f64);
         (self.validation_seconds, self.heeds_clock) = (validation, true);
-        let elapsed = self.seconds_before + self.began.elapsed().as_secs_f64();
         let left = 0.98 * limit - elapsed;
         let (steps, epochs) = fitting_steps(left, step, validation, per_epoch, settings.epochs);
         // Something must come of a run that has no head yet.

@@ -21,7 +21,9 @@ use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::{Epilogue, Packed, Rows, gemm};
 use crate::kernels::transposed::{self, PANEL, Panels, pack_row, padded};
 use crate::kernels::winograd_training::{self, Side, TilePanels, Tiles};
-use crate::kernels::{Dims, Isa, Layout, Source, Target, Window, depthwise_gradient, rowwise};
+use crate::kernels::{
+    Dims, Isa, Layout, Source, Target, Window, depthwise_gradient, prefetch, rowwise,
+};
 
 /// What a task of a layer is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -266,6 +268,11 @@ pub(super) const LANE_SUMS: usize = 256 << 10;
 const LANES: usize = 8;
 /// A block's strips should stay in the second-level cache.
 const STRIP_VALUES: usize = 64 << 10;
+/// Weights that the second-level cache holds.
+const CACHED_WEIGHTS: usize = 256 << 10;
+/// Pixels of a batch from which more weights than that, several times as many once they are transformed,
+/// cost less than the products that they save: twelve images of 7 x 7 pixels.
+const WINOGRAD_PIXELS: usize = 600;
 const WINOGRAD_VALUES: usize = 128 << 10;
 /// Rows of a weight gradient that a task computes from panels.
 const PART_ROWS: usize = 8 * PANEL;
@@ -360,7 +367,11 @@ impl Layer {
             return Block::divide(count, output, pixels, 4);
         }
         // Weights that the second-level cache does not hold are read anew for every block.
-        let least = if conv.weights() > 256 << 10 { 128 } else { 96 };
+        let least = if conv.weights() > CACHED_WEIGHTS {
+            128
+        } else {
+            96
+        };
         Block::divide(count, output, (STRIP_VALUES / widest).clamp(least, 512), 1)
     }
 
@@ -437,14 +448,21 @@ impl Layer {
         ))
     }
 
-    /// Unfilled weights for a layer; products have no place yet.
-    pub fn new_weights(isa: Isa, conv: &Conv2d, window: Window, exact: bool) -> Weights {
+    /// Unfilled weights for a layer with so many pixels in a batch; products have no place yet.
+    pub fn new_weights(
+        isa: Isa,
+        conv: &Conv2d,
+        window: Window,
+        pixels: usize,
+        exact: bool,
+    ) -> Weights {
         let [kh, kw] = conv.kernel;
         let winograd = !exact
             && conv.padding.is_same_size(3)
             && conv.kernel == [3, 3]
             && conv.stride == 1
             && conv.groups == 1
+            && (pixels >= WINOGRAD_PIXELS || conv.weights() <= CACHED_WEIGHTS)
             && conv.in_channels.min(conv.out_channels) >= 32
             && conv.in_channels.is_multiple_of(PANEL)
             && conv.out_channels.is_multiple_of(PANEL);
@@ -1420,25 +1438,31 @@ impl Layer {
         let blocks = shape.gradient_panels();
         if self.is_winograd() {
             memory.pool.run(blocks, |block| {
-                for i in 0..ins {
-                    let u = |frequency: usize| {
-                        let at = (frequency * ins + i) * leading + block * PANEL;
-                        let mut sum = [0.0; PANEL];
-                        sum.copy_from_slice(&values[at..][..PANEL]);
-                        for lane in 1..lanes {
-                            let part = &values[lane * shape.len() + at..][..PANEL];
-                            sum.iter_mut().zip(part).for_each(|(s, p)| *s += p);
-                        }
-                        sum
-                    };
-                    let taps = winograd_training::gradient_of_weights(memory.isa, 6, u);
-                    for o in 0..PANEL {
-                        for (tap, values) in taps.iter().enumerate() {
-                            let place = ((block * PANEL + o) * ins + i) * 9 + tap;
-                            // SAFETY: inside the gradient, and this task's outputs alone.
-                            unsafe { *to.get().add(place) = values[o] };
-                        }
-                    }
+                let stride = ins * area;
+                // SAFETY: inside the gradient, and this task's outputs alone.
+                unsafe {
+                    winograd_training::gradient_of_weights(
+                        memory.isa,
+                        6,
+                        ins,
+                        #[inline(always)]
+                        |frequency, i| {
+                            let at = (frequency * ins + i) * leading + block * PANEL;
+                            // Frequencies lie far apart, so that the processor does not foresee them.
+                            prefetch(values.as_ptr().wrapping_add(at + 2 * leading), PANEL);
+                            let mut sum = [0.0; PANEL];
+                            sum.copy_from_slice(&values[at..][..PANEL]);
+                            for lane in 1..lanes {
+                                let part = &values[lane * shape.len() + at..][..PANEL];
+                                for (sum, part) in sum.iter_mut().zip(part) {
+                                    *sum += part;
+                                }
+                            }
+                            sum
+                        },
+                        to.get().add(block * PANEL * stride),
+                        stride,
+                    );
                 }
             });
             return gradient;

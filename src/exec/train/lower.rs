@@ -558,7 +558,8 @@ impl Lowering<'_> {
         let wanted = trained(weight) || bias.is_some_and(trained) || self.wanted[feed.value()];
         let z = self.new_value(output.len() * self.count, wanted);
         let index = self.layers.len();
-        let mut weights = Layer::new_weights(self.isa, conv, window, self.exact);
+        let pixels = self.count * output.pixels();
+        let mut weights = Layer::new_weights(self.isa, conv, window, pixels, self.exact);
         let mut uses = vec![feed.value(), z];
         if let Weights::Dense { groups, place } = &mut weights {
             *place = self.new_value(groups.iter().map(Product::len).sum(), false);
@@ -733,6 +734,7 @@ impl Lowering<'_> {
             parameters: [first, first + 1, first + 2, first + 3],
             batch,
             count,
+            total: count as f64,
             moments: vec![0.0; moment_counts.len() * 2 * channels],
             moment_counts,
             sums: Vec::new(),

@@ -34,10 +34,11 @@ use rand_chacha::ChaCha8Rng;
 
 use super::cpu::{Options, Plan, Pool};
 use super::params::with_values;
-use super::step::{TrainingStep, Variables};
+use super::step::{Others, TrainingStep, Variables};
 use crate::graph::{Graph, NodeId};
 use crate::kernels::memory::Buffer;
 use crate::kernels::rowwise;
+use crate::ranks::Collectives;
 use lower::{Lowered, Step, Trained};
 use values::{Memory, Norm, ParameterId, Shared};
 
@@ -51,6 +52,7 @@ pub struct PlanStep {
     names: Vec<String>,
     options: Options,
     pool: Pool,
+    others: Others,
     /// Plans by number and size of images, the last used first.
     plans: Vec<(Shape, Compiled)>,
     /// Whether the first plan has run forward, and not backward since.
@@ -89,6 +91,7 @@ impl PlanStep {
             names,
             options,
             pool,
+            others: Others::default(),
             plans: Vec::new(),
             ready: false,
         })
@@ -236,6 +239,11 @@ impl TrainingStep for PlanStep {
         self.variables.buffers()
     }
 
+    fn train_with(&mut self, others: Others) -> Result<()> {
+        self.others = others;
+        Ok(())
+    }
+
     fn forward(&mut self, images: &Tensor, generator: &mut ChaCha8Rng) -> Result<Tensor> {
         let (count, channels, height, width) = images.dims4()?;
         if channels != 3 || count == 0 {
@@ -252,6 +260,7 @@ impl TrainingStep for PlanStep {
             options,
             names,
             variables,
+            others,
             ..
         } = self;
         let plan = &mut plans[0].1;
@@ -277,11 +286,11 @@ impl TrainingStep for PlanStep {
                     layer.forward(&memory);
                 }
                 Step::Operation(index) => {
-                    plan.lowered.operations[index].forward(&memory, generator);
+                    plan.lowered.operations[index].forward(&memory, generator, others);
                 }
                 // SAFETY: no task runs, and nobody else holds the norm.
                 Step::Norm(norm) => {
-                    finish_norm(unsafe { &mut *norms.add(norm) }, names, variables)?
+                    finish_norm(unsafe { &mut *norms.add(norm) }, names, variables, others)?
                 }
                 _ => break,
             }
@@ -341,7 +350,7 @@ impl TrainingStep for PlanStep {
                 Step::NormBackward(norm) => {
                     // SAFETY: no task runs, and nobody else holds the norm.
                     let norm = unsafe { &mut *norms.add(norm) };
-                    norm_backward(norm, &mut emit);
+                    norm_backward(norm, &self.others, &mut emit);
                 }
                 Step::LayerBackward(layer) => {
                     let layer = &plan.lowered.layers[layer];
@@ -399,13 +408,22 @@ impl TrainingStep for PlanStep {
 
 /// A norm's scale and shift, from the batch's moments or the stored statistics; the former also
 /// enter the running statistics, the variance without its bias, as PyTorch has it.
-fn finish_norm(norm: &mut Norm, names: &[String], variables: &Variables) -> Result<()> {
+fn finish_norm(
+    norm: &mut Norm,
+    names: &[String],
+    variables: &Variables,
+    others: &Others,
+) -> Result<()> {
     let values = |id| with_values(parameter(names, variables, id)?, |v| v.to_vec());
     let [_, bias, running_mean, running_variance] = norm.parameters;
     let (mean, variance) = if norm.batch {
-        let (mean, variance) = norm.join_moments();
+        let (mut mean, mut variance) = norm.join_moments();
+        norm.total = norm.count as f64;
+        if let Some(ranks) = synchronized(others) {
+            norm.total = join_ranks(ranks, others.absent, norm.total, &mut mean, &mut variance);
+        }
         let m = norm.momentum;
-        let unbiased = norm.count as f64 / (norm.count - 1) as f64;
+        let unbiased = norm.total / (norm.total - 1.0);
         let update = |id: ParameterId, new: &[f64], factor: f64| -> Result<()> {
             let old = values(id)?;
             let blend =
@@ -436,18 +454,59 @@ fn finish_norm(norm: &mut Norm, names: &[String], variables: &Variables) -> Resu
     Ok(())
 }
 
+/// The processes whose batch norms go by common statistics.
+fn synchronized(others: &Others) -> Option<&dyn Collectives> {
+    others.ranks.others().filter(|_| others.sync_norms)
+}
+
+/// Means and variances of all ranks' values from those of the own ones, of which there are `count` (none
+/// of which count where the rank is absent). Gives how many there are in all.
+fn join_ranks(
+    ranks: &dyn Collectives,
+    absent: bool,
+    count: f64,
+    mean: &mut [f64],
+    variance: &mut [f64],
+) -> f64 {
+    let count = if absent { 0.0 } else { count };
+    let squares = |(m, v): (&f64, &f64)| count * (v + m * m);
+    let mut sums: Vec<f64> = mean.iter().map(|m| count * m).collect();
+    sums.extend(mean.iter().zip(&*variance).map(squares));
+    sums.push(count);
+    ranks.sum(&mut sums);
+    let total = sums[2 * mean.len()];
+    let (firsts, seconds) = sums.split_at(mean.len());
+    for (c, (first, second)) in firsts.iter().zip(seconds).enumerate() {
+        mean[c] = first / total;
+        variance[c] = (second / total - mean[c] * mean[c]).max(0.0);
+    }
+    total
+}
+
 /// What turns the gradient behind a norm into the one before it, and the gradients of its weight
-/// and bias.
-fn norm_backward(norm: &mut Norm, emit: &mut impl FnMut(ParameterId, Vec<f32>)) {
+/// and bias: of the own images, whose sum over all ranks comes later.
+fn norm_backward(norm: &mut Norm, others: &Others, emit: &mut impl FnMut(ParameterId, Vec<f32>)) {
     let (sums, products) = norm.join_sums();
-    let count = norm.count as f64;
+    let (mut all_sums, mut all_products) = (sums.clone(), products.clone());
+    if norm.batch
+        && let Some(ranks) = synchronized(others)
+    {
+        let mut both = [&all_sums[..], &all_products].concat();
+        if others.absent {
+            both.fill(0.0);
+        }
+        ranks.sum(&mut both);
+        all_products = both.split_off(norm.channels);
+        all_sums = both;
+    }
+    let count = norm.total;
     for c in 0..norm.channels {
         let inverse = norm.inverse_deviation[c];
         let a = f64::from(norm.weight[c]) * inverse;
         norm.a[c] = a as f32;
         if norm.batch {
-            norm.b[c] = (-a * inverse * inverse * products[c] / count) as f32;
-            norm.c[c] = (-a * sums[c] / count) as f32;
+            norm.b[c] = (-a * inverse * inverse * all_products[c] / count) as f32;
+            norm.c[c] = (-a * all_sums[c] / count) as f32;
         }
     }
     if norm.sums.is_empty() {

@@ -6,6 +6,7 @@ use std::ops::Range;
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
+use super::super::step::Others;
 use super::values::{Destination, Feed, Memory, NormId, ParameterId, Shared, ValueId};
 use crate::graph::Activation;
 use crate::kernels::pool::max_row;
@@ -257,7 +258,7 @@ impl Operation {
     }
 
     /// Computes the output. Dropout draws from the generator.
-    pub fn forward(&self, memory: &Memory, generator: &mut ChaCha8Rng) {
+    pub fn forward(&self, memory: &Memory, generator: &mut ChaCha8Rng, others: &Others) {
         let isa = memory.isa;
         let Dims { c, .. } = self.output;
         let pixels_of_image = self.output.pixels();
@@ -361,11 +362,13 @@ impl Operation {
                 let (mask, out) =
                     unsafe { (memory.part(*mask, 0, all * c), self.out(memory, 0, all)) };
                 memory.read(&self.inputs[0], 0, all, out);
-                for (value, mask) in out.iter_mut().zip(mask) {
-                    let kept = generator.random::<f64>() < keep;
-                    *mask = if kept { (1.0 / keep) as f32 } else { 0.0 };
-                    *value *= *mask;
-                }
+                others.draw(generator, pixels_of_image * c, |generator| {
+                    for (value, mask) in out.iter_mut().zip(mask) {
+                        let kept = generator.random::<f64>() < keep;
+                        *mask = if kept { (1.0 / keep) as f32 } else { 0.0 };
+                        *value *= *mask;
+                    }
+                });
             }
             Kind::ClassToken { token, .. } => self.for_images(memory, |image, _| {
                 // SAFETY: see above.

@@ -92,8 +92,9 @@ pub(super) struct Norm {
     pub parameters: [ParameterId; 4],
     /// Normalises with the batch's statistics, not the stored ones.
     pub batch: bool,
-    /// Values of a channel in a batch.
+    /// Values of a channel in a batch, and in all processes' parts of it together.
     pub count: usize,
+    pub total: f64,
     /// Pixels behind each pair of partial moments.
     pub moment_counts: Vec<usize>,
     /// `[blocks, 2, C]`: mean, and sum of squared distances from it.

@@ -1,0 +1,219 @@
+//! The processes that do one job together: ranks, as MPI calls them.
+//!
+//! Started by `mpirun` or `srun`, with the cargo feature `mpi`, every process finds itself one of
+//! several; else it is alone, and everything here costs nothing. What processes say to each other goes
+//! through [`Collectives`], so that something else than MPI can stand behind it.
+//!
+//! A collective call is made by all ranks, in the same order. A rank that dies ends the job: the others
+//! would wait for it for ever.
+
+#[cfg(feature = "mpi")]
+mod mpi;
+
+use std::fmt;
+use std::ops::Range;
+use std::rc::Rc;
+
+/// What processes that work together can do.
+pub trait Collectives {
+    /// This process's number, and how many there are.
+    fn place(&self) -> (usize, usize);
+
+    /// The sum over all ranks of each value, with the same bits everywhere.
+    fn sum(&self, values: &mut [f64]);
+
+    /// Begins such a sum that others may overtake; [`Collectives::sums`] gives it.
+    fn begin_sum(&self, values: Vec<f32>);
+
+    /// Lets what was begun go on. To be called now and then.
+    fn progress(&self);
+
+    /// Waits for all sums that were begun, and gives them in that order.
+    fn sums(&self) -> Vec<Vec<f32>>;
+
+    /// What each rank has, in their order.
+    fn gather(&self, bytes: &[u8]) -> Vec<Vec<u8>>;
+
+    /// The first rank's bytes, to all.
+    fn broadcast(&self, bytes: &mut Vec<u8>);
+
+    /// Sends bytes to one rank, which does not wait for them.
+    fn send(&self, rank: usize, bytes: &[u8]);
+
+    /// The next message of any rank, or of one, and whose it is. None where there is none yet and
+    /// `wait` does not say to wait.
+    fn receive(&self, from: Option<usize>, wait: bool) -> Option<(usize, Vec<u8>)>;
+
+    /// Ends all ranks at once.
+    fn abort(&self, code: i32) -> !;
+}
+
+/// This process and those that work with it.
+#[derive(Clone)]
+pub struct Ranks(Option<Rc<dyn Collectives>>);
+
+impl Default for Ranks {
+    fn default() -> Self {
+        Self::alone()
+    }
+}
+
+impl fmt::Debug for Ranks {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{} of {}", self.rank(), self.count())
+    }
+}
+
+impl Ranks {
+    /// A process of its own.
+    pub fn alone() -> Self {
+        Self(None)
+    }
+
+    /// Those that were started together with this process.
+    ///
+    /// # Errors
+    /// Where MPI cannot be started.
+    pub fn join() -> Result<Self, String> {
+        #[cfg(feature = "mpi")]
+        if self::mpi::is_launched() {
+            let world = self::mpi::World::new()?;
+            return Ok(match world.place() {
+                (_, 1) => Self::alone(),
+                _ => Self(Some(Rc::new(world))),
+            });
+        }
+        Ok(Self::alone())
+    }
+
+    /// Those behind something else.
+    pub fn of(collectives: Rc<dyn Collectives>) -> Self {
+        Self(Some(collectives))
+    }
+
+    /// This process's number, from 0.
+    pub fn rank(&self) -> usize {
+        self.0.as_ref().map_or(0, |c| c.place().0)
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.0.as_ref().map_or(1, |c| c.place().1)
+    }
+
+    /// Whether there are others.
+    pub fn are_several(&self) -> bool {
+        self.count() > 1
+    }
+
+    /// Whether this is the one that writes and shows.
+    pub fn is_first(&self) -> bool {
+        self.rank() == 0
+    }
+
+    /// Where there are others: the way to them.
+    pub fn others(&self) -> Option<&dyn Collectives> {
+        self.0.as_deref()
+    }
+
+    /// This rank's part of so many things, each part as large as the others or larger by one.
+    pub fn share(&self, things: usize) -> Range<usize> {
+        let bound = |rank: usize| rank * things / self.count();
+        bound(self.rank())..bound(self.rank() + 1)
+    }
+
+    /// Whether any rank says so.
+    pub fn any(&self, own: bool) -> bool {
+        self.sum([f64::from(u8::from(own))]) != [0.0]
+    }
+
+    /// The sum over all ranks of each value.
+    pub fn sum<const N: usize>(&self, mut values: [f64; N]) -> [f64; N] {
+        if let Some(others) = self.others() {
+            others.sum(&mut values);
+        }
+        values
+    }
+
+    /// The first rank's values, to all.
+    pub fn broadcast<const N: usize>(&self, values: [f64; N]) -> [f64; N] {
+        if self.is_first() {
+            self.sum(values)
+        } else {
+            self.sum([0.0; N])
+        }
+    }
+
+    /// Ends all processes at once, where there are others.
+    pub fn abort(&self, code: u8) {
+        if let Some(others) = self.others() {
+            others.abort(code.into());
+        }
+    }
+}
+
+/// Numbers as bytes, and back.
+pub mod bytes {
+    /// Of float32.
+    pub fn of_f32(values: &[f32]) -> Vec<u8> {
+        values.iter().flat_map(|v| v.to_le_bytes()).collect()
+    }
+
+    /// To float32; what is left over is dropped.
+    pub fn to_f32(bytes: &[u8]) -> Vec<f32> {
+        let (values, _) = bytes.as_chunks();
+        values.iter().map(|b| f32::from_le_bytes(*b)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct At(usize, usize);
+
+    impl Collectives for At {
+        fn place(&self) -> (usize, usize) {
+            (self.0, self.1)
+        }
+        fn sum(&self, _: &mut [f64]) {}
+        fn begin_sum(&self, _: Vec<f32>) {}
+        fn progress(&self) {}
+        fn sums(&self) -> Vec<Vec<f32>> {
+            Vec::new()
+        }
+        fn gather(&self, bytes: &[u8]) -> Vec<Vec<u8>> {
+            vec![bytes.to_vec()]
+        }
+        fn broadcast(&self, _: &mut Vec<u8>) {}
+        fn send(&self, _: usize, _: &[u8]) {}
+        fn receive(&self, _: Option<usize>, _: bool) -> Option<(usize, Vec<u8>)> {
+            None
+        }
+        fn abort(&self, code: i32) -> ! {
+            panic!("{code}")
+        }
+    }
+
+    #[test]
+    fn shares_cover_everything_once() {
+        for count in 1..9 {
+            for things in 0..40 {
+                let mut next = 0;
+                for rank in 0..count {
+                    let share = Ranks::of(Rc::new(At(rank, count))).share(things);
+                    assert_eq!(share.start, next);
+                    assert!(share.len() <= things.div_ceil(count));
+                    next = share.end;
+                }
+                assert_eq!(next, things);
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_come_back_as_they_were() {
+        let values = [0.0, -1.5, f32::MIN_POSITIVE, f32::INFINITY];
+        assert_eq!(bytes::to_f32(&bytes::of_f32(&values)), values);
+    }
+}

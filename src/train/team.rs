@@ -1,0 +1,133 @@
+//! What the processes of a run tell each other.
+//!
+//! Every batch is the same as one process would take it; each rank has its part, and gradients are
+//! summed. As the sums have the same bits everywhere, so have the weights after each step. The first
+//! rank's running statistics are those that count.
+
+use candle_core::{Device, Result, Shape, Tensor, Var};
+
+use crate::exec::params::with_values;
+use crate::ranks::{Collectives, Ranks, bytes};
+
+/// Values of gradients that are summed at a time: 1 MiB, enough for a network's bandwidth, and few
+/// enough that the first of them are on their way soon.
+const BUCKET: usize = 256 << 10;
+
+/// Gradients on their way to all ranks, summed while the rest of the backward pass runs.
+pub(super) struct Exchange<'a> {
+    others: &'a dyn Collectives,
+    bucket: Vec<f32>,
+    /// By bucket and parameter: its place among the gradients, and its shape.
+    order: Vec<Vec<(usize, Shape)>>,
+}
+
+impl<'a> Exchange<'a> {
+    pub fn new(others: &'a dyn Collectives) -> Self {
+        Self {
+            others,
+            bucket: Vec::new(),
+            order: vec![Vec::new()],
+        }
+    }
+
+    /// Takes a gradient; where the rank is absent from the batch, it adds nothing.
+    pub fn add(&mut self, index: usize, gradient: &Tensor, absent: bool) -> Result<()> {
+        let bucket = &mut self.bucket;
+        if absent {
+            bucket.resize(bucket.len() + gradient.elem_count(), 0.0);
+        } else {
+            let gradient = gradient.contiguous()?.to_device(&Device::Cpu)?;
+            with_values(&gradient, |values| bucket.extend_from_slice(values))?;
+        }
+        if let Some(order) = self.order.last_mut() {
+            order.push((index, gradient.shape().clone()));
+        }
+        if self.bucket.len() >= BUCKET {
+            self.begin();
+        }
+        self.others.progress();
+        Ok(())
+    }
+
+    fn begin(&mut self) {
+        let next = Vec::with_capacity(self.bucket.capacity());
+        self.others
+            .begin_sum(std::mem::replace(&mut self.bucket, next));
+        self.order.push(Vec::new());
+    }
+
+    /// Puts the sums where the gradients were.
+    pub fn finish(mut self, gradients: &mut [Option<Tensor>], device: &Device) -> Result<()> {
+        if !self.bucket.is_empty() {
+            self.begin();
+        }
+        for (sums, order) in self.others.sums().into_iter().zip(self.order) {
+            let mut at = 0;
+            for (index, shape) in order {
+                let own = sums[at..at + shape.elem_count()].to_vec();
+                at += own.len();
+                gradients[index] = Some(Tensor::from_vec(own, shape, device)?);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The first rank's values of variables, to all.
+pub(super) fn follow_first<'v>(
+    ranks: &Ranks,
+    variables: impl Iterator<Item = &'v (String, Var)>,
+) -> Result<()> {
+    let Some(others) = ranks.others() else {
+        return Ok(());
+    };
+    for (_, variable) in variables {
+        let tensor = variable.as_detached_tensor();
+        variable.set(&first_ones(others, &tensor)?)?;
+    }
+    Ok(())
+}
+
+/// The first rank's values of a tensor.
+pub(super) fn first_ones(others: &dyn Collectives, tensor: &Tensor) -> Result<Tensor> {
+    let mut told = bytes::of_f32(&tensor.flatten_all()?.to_vec1::<f32>()?);
+    others.broadcast(&mut told);
+    Tensor::from_vec(bytes::to_f32(&told), tensor.shape(), tensor.device())
+}
+
+/// Values of samples (their logits, or their features), their classes, and which they are.
+#[derive(Default)]
+pub(super) struct Rows {
+    pub values: Vec<f32>,
+    /// As many, or none.
+    pub mirrored: Vec<f32>,
+    pub labels: Vec<usize>,
+    pub samples: Vec<usize>,
+}
+
+impl Rows {
+    /// Those of all ranks in their order.
+    pub fn of_all(self, ranks: &Ranks) -> Self {
+        let Some(others) = ranks.others() else {
+            return self;
+        };
+        let numbers = |values: &[usize]| -> Vec<u8> {
+            let wide = values.iter().map(|&v| v as u64);
+            wide.flat_map(u64::to_le_bytes).collect()
+        };
+        let back = |bytes: Vec<u8>| -> Vec<usize> {
+            let (values, _) = bytes.as_chunks();
+            values
+                .iter()
+                .map(|b| u64::from_le_bytes(*b) as usize)
+                .collect()
+        };
+        let all = |own: Vec<u8>| others.gather(&own).concat();
+        Self {
+            values: bytes::to_f32(&all(bytes::of_f32(&self.values))),
+            mirrored: bytes::to_f32(&all(bytes::of_f32(&self.mirrored))),
+            labels: back(all(numbers(&self.labels))),
+            samples: back(all(numbers(&self.samples))),
+        }
+    }
+}
