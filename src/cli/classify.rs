@@ -1,6 +1,7 @@
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -8,8 +9,8 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::images::Images;
-use super::{Global, Outcome, complain};
-use crate::data::{Found, Loaded, Loader, Next, Prepared, Sorting, mirror, sort_into};
+use super::{Global, Outcome, complain, together};
+use crate::data::{Decoder, Found, Loaded, Loader, Next, Prepared, Sorting, mirror, sort_into};
 use crate::exec::Runner;
 use crate::report::{self, Earlier, Prediction, Ranking, Record, Writer};
 use crate::weights::{Model, resolve};
@@ -118,7 +119,7 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
     if let Some(earlier) = &earlier {
         let count = earlier.len();
         global.note(&format!("{count} results are there already"));
-        if earlier.is_cut() && arguments.format == Format::Jsonl {
+        if earlier.is_cut() && arguments.format == Format::Jsonl && global.ranks.is_first() {
             // What is appended must not become part of the line that was cut off.
             writeln!(global.stdout())?;
         }
@@ -135,32 +136,28 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
         };
         !earlier.as_ref().is_some_and(|earlier| earlier.has(name))
     });
-    let decoder = arguments.images.decoder(global.exact);
-    let loader = Loader::start(inputs, decoder, model.preprocessing, global.threads())
-        .context("cannot start threads")?;
+    let engine = Engine {
+        decoder: arguments.images.decoder(global.exact),
+        threads: global.threads(),
+        batch_size: arguments.batch_size.get(),
+        tta: arguments.tta,
+    };
     let size = [model.preprocessing.crop; 2];
-    let runner = model.runner(&device, size, global.plan_options())?;
-    global.verbose(|| {
-        let weights = model.weights_from().unwrap_or("none (random)");
-        format!(
-            "{}: weights {weights}, {} threads, ready in {:.0} ms",
-            model.name,
-            global.threads(),
-            started.elapsed().as_secs_f64() * 1e3
-        )
-    });
-    let mut work = Work {
+    let options = global.plan_options();
+    let out: Box<dyn Write> = match global.ranks.is_first() {
+        true => Box::new(global.stdout().lock()),
+        false => Box::new(io::sink()),
+    };
+    let mut output = Output {
         ranking: Ranking {
             top_k: arguments.top_k.get(),
             temperature: arguments.temperature.unwrap_or(model.temperature),
             min_probability: arguments.min_probability,
         },
-        model,
-        runner,
-        writer: Writer::new(global.stdout().lock(), arguments.format.into())?,
+        labels: model.labels.clone(),
+        writer: Writer::new(out, arguments.format.into())?,
         progress: progress(global.shows_progress()),
         logits: arguments.logits,
-        tta: arguments.tta,
         sorting: arguments.sort_into.map(|folder| {
             let sorting = match (arguments.copy, arguments.move_) {
                 (true, _) => Sorting::Copy,
@@ -172,18 +169,48 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
         done: 0,
         failed: 0,
     };
-    work.all(&loader, arguments.batch_size.get())?;
-    work.progress.finish_and_clear();
-    work.writer.finish()?;
+    if global.ranks.are_several() {
+        let work = move |inputs: Receiver<Found>, answer: &mut dyn FnMut(Answer)| {
+            let loader = engine.load(inputs.into_iter(), &model)?;
+            let mut runner = model.runner(&device, size, options)?;
+            engine.classify(&loader, &model, &mut runner, &mut |_, scored| {
+                answer(scored);
+                Ok(())
+            })
+        };
+        together::classify(&global.ranks, inputs, work, &mut |name, answer| {
+            output.write(name, answer)
+        })?;
+    } else {
+        let loader = engine.load(inputs, &model)?;
+        let mut runner = model.runner(&device, size, options)?;
+        global.verbose(|| {
+            let weights = model.weights_from().unwrap_or("none (random)");
+            format!(
+                "{}: weights {weights}, {} threads, ready in {:.0} ms",
+                model.name,
+                global.threads(),
+                started.elapsed().as_secs_f64() * 1e3
+            )
+        });
+        engine.classify(&loader, &model, &mut runner, &mut |name, answer| {
+            output.write(name, answer)
+        })?;
+    }
+    if !global.ranks.is_first() {
+        return Ok(Outcome::AllDone);
+    }
+    output.progress.finish_and_clear();
+    output.writer.finish()?;
     global.verbose(|| {
         let seconds = started.elapsed().as_secs_f64();
-        let rate = work.done as f64 / seconds;
+        let rate = output.done as f64 / seconds;
         format!(
             "{} done in {seconds:.2} s, {rate:.1} images a second",
-            work.done
+            output.done
         )
     });
-    Ok(Outcome::of(work.done, work.failed))
+    Ok(Outcome::of(output.done, output.failed))
 }
 
 fn progress(shown: bool) -> ProgressBar {
@@ -195,69 +222,137 @@ fn progress(shown: bool) -> ProgressBar {
     ProgressBar::no_length().with_style(style)
 }
 
-/// A run of `classify`.
-struct Work<W: io::Write> {
-    model: Model,
-    runner: Runner,
+/// What the network says of an image.
+pub struct Scored {
+    pub width: usize,
+    pub height: usize,
+    pub logits: Vec<f32>,
+}
+
+/// The same, or why the image could not be read.
+pub type Answer = Result<Scored, String>;
+
+/// How images become logits.
+struct Engine {
+    decoder: Decoder,
+    threads: usize,
+    batch_size: usize,
+    tta: bool,
+}
+
+impl Engine {
+    /// Decoding begins while the network is made ready.
+    fn load(
+        &self,
+        inputs: impl Iterator<Item = Found> + Send + 'static,
+        model: &Model,
+    ) -> anyhow::Result<Loader> {
+        Loader::start(inputs, self.decoder, model.preprocessing, self.threads)
+            .context("cannot start threads")
+    }
+
+    /// Takes images as they come, and hands a batch on when it is full or nothing more comes. Each
+    /// image's answer goes to `write`, with its name.
+    fn classify(
+        &self,
+        loader: &Loader,
+        model: &Model,
+        runner: &mut Runner,
+        write: &mut dyn FnMut(String, Answer) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let mut pending: Vec<Loaded> = Vec::new();
+        let mut batch = |pending: &mut Vec<Loaded>| -> anyhow::Result<()> {
+            let images: Vec<&Prepared> = pending
+                .iter()
+                .filter_map(|l| l.result.as_ref().ok())
+                .collect();
+            let logits = self.logits(&images, model, runner)?;
+            let mut logits = logits.chunks_exact(model.labels.len());
+            for Loaded { name, result } in pending.drain(..) {
+                let answer = result.map(|image| Scored {
+                    width: image.width,
+                    height: image.height,
+                    logits: logits.next().unwrap_or_default().to_vec(),
+                });
+                write(name, answer)?;
+            }
+            Ok(())
+        };
+        loop {
+            let wait = (!pending.is_empty()).then_some(PATIENCE);
+            match loader.next(wait) {
+                Next::Item(image) => pending.push(image),
+                Next::Waiting => batch(&mut pending)?,
+                Next::End => return batch(&mut pending),
+            }
+            if pending.len() == self.batch_size {
+                batch(&mut pending)?;
+            }
+        }
+    }
+
+    /// Logits of all images, one after the other.
+    fn logits(
+        &self,
+        images: &[&Prepared],
+        model: &Model,
+        runner: &mut Runner,
+    ) -> anyhow::Result<Vec<f32>> {
+        if images.is_empty() {
+            return Ok(Vec::new());
+        }
+        let pixels: Vec<&[f32]> = images.iter().map(|i| i.pixels.as_slice()).collect();
+        let batch = pixels.concat();
+        let mut logits = runner.run(&batch, images.len())?;
+        if self.tta {
+            let crop = model.preprocessing.crop;
+            let mirrored: Vec<f32> = images
+                .iter()
+                .flat_map(|i| mirror(&i.pixels, crop))
+                .collect();
+            let others = runner.run(&mirrored, images.len())?;
+            for (logit, other) in logits.iter_mut().zip(others) {
+                *logit = (*logit + other) / 2.0;
+            }
+        }
+        Ok(logits)
+    }
+}
+
+/// Where results go.
+struct Output<W: io::Write> {
+    labels: Vec<String>,
     ranking: Ranking,
     writer: Writer<W>,
     progress: ProgressBar,
     logits: bool,
-    tta: bool,
     sorting: Option<(PathBuf, Sorting)>,
     done: usize,
     failed: usize,
 }
 
-impl<W: io::Write> Work<W> {
-    /// Takes images as they come, and hands a batch on when it is full or nothing more comes.
-    fn all(&mut self, loader: &Loader, batch_size: usize) -> anyhow::Result<()> {
-        let mut pending: Vec<Loaded> = Vec::new();
-        loop {
-            let wait = (!pending.is_empty()).then_some(PATIENCE);
-            match loader.next(wait) {
-                Next::Item(image) => pending.push(image),
-                Next::Waiting => self.batch(&mut pending)?,
-                Next::End => return self.batch(&mut pending),
-            }
-            if pending.len() == batch_size {
-                self.batch(&mut pending)?;
+impl<W: io::Write> Output<W> {
+    fn write(&mut self, name: String, answer: Answer) -> anyhow::Result<()> {
+        let result = answer.and_then(|scored| {
+            let prediction = Prediction {
+                width: scored.width,
+                height: scored.height,
+                top: self.ranking.rank(&scored.logits, &self.labels),
+                logits: self.logits.then_some(scored.logits),
+            };
+            self.sort(&name, &prediction)?;
+            Ok(prediction)
+        });
+        match &result {
+            Ok(_) => self.done += 1,
+            Err(error) => {
+                self.failed += 1;
+                let line = format!("{}: {error}", name.escape_debug());
+                self.progress.suspend(|| complain(&line));
             }
         }
-    }
-
-    fn batch(&mut self, pending: &mut Vec<Loaded>) -> anyhow::Result<()> {
-        let images: Vec<&Prepared> = pending
-            .iter()
-            .filter_map(|l| l.result.as_ref().ok())
-            .collect();
-        let logits = self.classify(&images)?;
-        let mut logits = logits.chunks_exact(self.model.labels.len());
-        for Loaded { name, result } in pending.drain(..) {
-            let result = result.map(|image| {
-                let logits = logits.next().unwrap_or_default();
-                Prediction {
-                    width: image.width,
-                    height: image.height,
-                    top: self.ranking.rank(logits, &self.model.labels),
-                    logits: self.logits.then(|| logits.to_vec()),
-                }
-            });
-            let result = result.and_then(|prediction| {
-                self.sort(&name, &prediction)?;
-                Ok(prediction)
-            });
-            match &result {
-                Ok(_) => self.done += 1,
-                Err(error) => {
-                    self.failed += 1;
-                    let line = format!("{}: {error}", name.escape_debug());
-                    self.progress.suspend(|| complain(&line));
-                }
-            }
-            self.writer.write(&Record::new(name, result))?;
-            self.progress.inc(1);
-        }
+        self.writer.write(&Record::new(name, result))?;
+        self.progress.inc(1);
         Ok(())
     }
 
@@ -273,27 +368,5 @@ impl<W: io::Write> Work<W> {
         sort_into(folder, label, Path::new(name), *sorting)
             .map(|_| ())
             .map_err(|error| format!("cannot be sorted into {}: {error}", folder.display()))
-    }
-
-    /// Logits of all images, one after the other.
-    fn classify(&mut self, images: &[&Prepared]) -> anyhow::Result<Vec<f32>> {
-        if images.is_empty() {
-            return Ok(Vec::new());
-        }
-        let pixels: Vec<&[f32]> = images.iter().map(|i| i.pixels.as_slice()).collect();
-        let batch = pixels.concat();
-        let mut logits = self.runner.run(&batch, images.len())?;
-        if self.tta {
-            let crop = self.model.preprocessing.crop;
-            let mirrored: Vec<f32> = images
-                .iter()
-                .flat_map(|i| mirror(&i.pixels, crop))
-                .collect();
-            let others = self.runner.run(&mirrored, images.len())?;
-            for (logit, other) in logits.iter_mut().zip(others) {
-                *logit = (*logit + other) / 2.0;
-            }
-        }
-        Ok(logits)
     }
 }

@@ -15,6 +15,7 @@ mod images;
 mod kernels;
 mod models;
 mod photo;
+mod together;
 
 use std::io::{self, IsTerminal, Write};
 use std::num::NonZeroUsize;
@@ -173,9 +174,9 @@ impl Cli {
         // What the first one says is enough.
         self.global.quiet |= !ranks.is_first();
         self.global.verbose &= ranks.is_first();
-        let together = matches!(self.command, Command::Finetune(_));
+        let together = matches!(self.command, Command::Finetune(_) | Command::Classify(_));
         if ranks.are_several() && !together {
-            anyhow::bail!("several processes do only finetune together");
+            anyhow::bail!("several processes only classify and finetune together");
         }
         match self.command {
             Command::Classify(arguments) => classify::run(&self.global, arguments),
