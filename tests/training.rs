@@ -240,15 +240,17 @@ fn check_curve(name: &str, optimizer: &str, steps: usize, make: Make) {
     }
 }
 
+const CURVES: [&str; 4] = [
+    "resnet18",
+    "mobilenet_v3_small",
+    "shufflenet_v2_x1_0",
+    "vit_tiny_patch16_224",
+];
+
 #[test]
 #[ignore = "takes an hour: candle's convolutions are slow backwards"]
 fn candles_losses_are_pytorchs_for_thirty_steps() {
-    for name in [
-        "resnet18",
-        "mobilenet_v3_small",
-        "shufflenet_v2_x1_0",
-        "vit_tiny_patch16_224",
-    ] {
+    for name in CURVES {
         for optimizer in ["sgd", "adamw"] {
             check_curve(name, optimizer, 30, eager);
         }
@@ -257,7 +259,7 @@ fn candles_losses_are_pytorchs_for_thirty_steps() {
 
 #[test]
 fn the_plans_losses_are_pytorchs_for_thirty_steps() {
-    for name in ["mobilenet_v3_small", "shufflenet_v2_x1_0"] {
+    for name in CURVES {
         for optimizer in ["sgd", "adamw"] {
             check_curve(name, optimizer, 30, plan);
         }
