@@ -175,16 +175,16 @@ fn what_is_read_for_a_crop_is_enough_for_it() {
             // Of what is read smaller, a window is what all of it has there.
             let preprocessing = Preprocessing {
                 resize: whole.width.min(whole.height).div_ceil(7),
-                ..preprocessing.clone()
+                ..preprocessing
             };
             let all = Preprocessing {
                 crop: preprocessing.resize,
                 squash: true,
-                ..preprocessing.clone()
+                ..preprocessing
             };
             let part = Preprocessing {
                 crop: preprocessing.resize.div_ceil(3),
-                ..all.clone()
+                ..all
             };
             let [all, part] = [all, part].map(|p| DECODER.decode_for(&p, &bytes).unwrap());
             assert_eq!(all.by, part.by, "{what}");

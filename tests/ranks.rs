@@ -241,6 +241,41 @@ fn several_classify_as_one() {
 }
 
 #[test]
+fn several_evaluate_as_one() {
+    let data = photos(7);
+    fs::write(data.path().join("cat/broken.png"), "no picture").unwrap();
+    let labels = data.path().join("labels");
+    fs::write(&labels, "cat\ncoffee\nphotographer\n").unwrap();
+    let scratch = tempfile::tempdir().unwrap();
+    let weights = scratch.path().join("weights.safetensors");
+    write_formula(&weights, "mobilenet_v3_small", 3);
+    let evaluate = |processes: usize| {
+        let mut command = sconce(processes);
+        command.args([
+            "evaluate",
+            text(data.path()),
+            "-m",
+            "mobilenet_v3_small",
+            "-j",
+            "1",
+        ]);
+        command.args(["--weights", text(&weights), "--labels", text(&labels)]);
+        command.args(["--format", "json"]).output().unwrap()
+    };
+    let alone = evaluate(0);
+    let told = String::from_utf8_lossy(&alone.stderr);
+    assert_eq!(alone.status.code(), Some(1), "{told}");
+    for processes in [2, 3] {
+        let several = evaluate(processes);
+        assert_eq!(several.status.code(), Some(1));
+        assert_eq!(
+            String::from_utf8_lossy(&several.stdout),
+            String::from_utf8_lossy(&alone.stdout)
+        );
+    }
+}
+
+#[test]
 fn what_is_wrong_is_said_once_and_ends_all() {
     let missing = ["not/there"];
     for arguments in [&["finetune"][..], &["finetune", "--resume", "-o"]] {
@@ -249,7 +284,7 @@ fn what_is_wrong_is_said_once_and_ends_all() {
         assert_eq!(output.status.code(), Some(2), "{told}");
         assert_eq!(told.matches("sconce: ").count(), 1, "{told}");
     }
-    let output = sconce(2).args(["evaluate", "assets"]).output().unwrap();
+    let output = sconce(2).args(["models"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
 }
 

@@ -14,7 +14,7 @@ use crate::data::{
 };
 use crate::exec::Runner;
 use crate::report::{Balance, Calibration, Judgement, Page, confusion_matrix, quoted, write_file};
-use crate::train::{Evaluation, best_temperature};
+use crate::train::{Evaluation, Rows, best_temperature};
 use crate::weights::{Model, match_classes, resolve, set_temperature};
 
 /// Say how well a network names labelled images
@@ -129,7 +129,13 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         .notes
         .iter()
         .for_each(|note| global.note(note));
-    for place in &images.notices.skipped {
+    // All ranks look at the same folders.
+    for place in images
+        .notices
+        .skipped
+        .iter()
+        .filter(|_| global.ranks.is_first())
+    {
         complain(&format!("{}: {}", place.name.escape_debug(), place.reason));
     }
     let plan = BatchPlan {
@@ -146,8 +152,8 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         batch_size: arguments.batch_size.get(),
         seed: global.seed(),
         threads: global.threads(),
-        parts: 1,
-        part: 0,
+        parts: global.ranks.count(),
+        part: global.ranks.rank(),
     };
     let temperature = arguments.temperature.unwrap_or(model.temperature);
     let Model { labels, name, .. } = model;
@@ -163,6 +169,9 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         temperature,
         calibrated.is_some(),
     )?;
+    if !global.ranks.is_first() {
+        return Ok(Outcome::AllDone);
+    }
     unreadable += images.notices.skipped.len();
     global.verbose(|| {
         let seconds = started.elapsed().as_secs_f64();
@@ -229,6 +238,9 @@ fn measure(
         logits: Vec::new(),
         unreadable: 0,
     };
+    // With several processes, what this one's part gave.
+    let mut own = Rows::default();
+    let several = global.ranks.are_several();
     let bar = progress(global, plan.samples.len());
     for batch in plan.evaluation().context("cannot start threads")? {
         for image in &batch.skipped {
@@ -238,15 +250,30 @@ fn measure(
         measured.unreadable += batch.skipped.len();
         if !batch.labels.is_empty() {
             let logits = runner.run(&batch.pixels, batch.labels.len())?;
-            let evaluation = &mut measured.evaluation;
-            evaluation.add(&logits, &batch.labels, &batch.samples);
-            if keep_logits {
-                measured.logits.extend(logits);
+            if several {
+                own.values.extend(logits);
+                own.labels.extend(&batch.labels);
+                own.samples.extend(&batch.samples);
+            } else {
+                let evaluation = &mut measured.evaluation;
+                evaluation.add(&logits, &batch.labels, &batch.samples);
+                if keep_logits {
+                    measured.logits.extend(logits);
+                }
             }
         }
-        bar.inc((batch.labels.len() + batch.skipped.len()) as u64);
+        let done = batch.labels.len() + batch.skipped.len();
+        bar.inc((done * plan.parts) as u64);
     }
     bar.finish_and_clear();
+    if several {
+        let all = own.of_all(&global.ranks);
+        let evaluation = &mut measured.evaluation;
+        evaluation.add(&all.values, &all.labels, &all.samples);
+        measured.logits = all.values;
+        let [unreadable] = global.ranks.sum([measured.unreadable as f64]);
+        measured.unreadable = unreadable as usize;
+    }
     Ok(measured)
 }
 

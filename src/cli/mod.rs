@@ -174,9 +174,12 @@ impl Cli {
         // What the first one says is enough.
         self.global.quiet |= !ranks.is_first();
         self.global.verbose &= ranks.is_first();
-        let together = matches!(self.command, Command::Finetune(_) | Command::Classify(_));
+        let together = matches!(
+            self.command,
+            Command::Finetune(_) | Command::Classify(_) | Command::Evaluate(_)
+        );
         if ranks.are_several() && !together {
-            anyhow::bail!("several processes only classify and finetune together");
+            anyhow::bail!("several processes only classify, evaluate and finetune together");
         }
         match self.command {
             Command::Classify(arguments) => classify::run(&self.global, arguments),

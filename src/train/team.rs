@@ -32,6 +32,10 @@ impl<'a> Exchange<'a> {
 
     /// Takes a gradient; where the rank is absent from the batch, it adds nothing.
     pub fn add(&mut self, index: usize, gradient: &Tensor, absent: bool) -> Result<()> {
+        if gradient.elem_count() >= BUCKET && !self.bucket.is_empty() {
+            // Alone in its bucket, its sum need not be copied.
+            self.begin();
+        }
         let bucket = &mut self.bucket;
         if absent {
             bucket.resize(bucket.len() + gradient.elem_count(), 0.0);
@@ -50,9 +54,7 @@ impl<'a> Exchange<'a> {
     }
 
     fn begin(&mut self) {
-        let next = Vec::with_capacity(self.bucket.capacity());
-        self.others
-            .begin_sum(std::mem::replace(&mut self.bucket, next));
+        self.others.begin_sum(std::mem::take(&mut self.bucket));
         self.order.push(Vec::new());
     }
 
@@ -62,6 +64,10 @@ impl<'a> Exchange<'a> {
             self.begin();
         }
         for (sums, order) in self.others.sums().into_iter().zip(self.order) {
+            if let [(index, shape)] = &order[..] {
+                gradients[*index] = Some(Tensor::from_vec(sums, shape, device)?);
+                continue;
+            }
             let mut at = 0;
             for (index, shape) in order {
                 let own = sums[at..at + shape.elem_count()].to_vec();
@@ -97,7 +103,7 @@ pub(super) fn first_ones(others: &dyn Collectives, tensor: &Tensor) -> Result<Te
 
 /// Values of samples (their logits, or their features), their classes, and which they are.
 #[derive(Default)]
-pub(super) struct Rows {
+pub struct Rows {
     pub values: Vec<f32>,
     /// As many, or none.
     pub mirrored: Vec<f32>,
