@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
 
 use super::images::Images;
 use super::{Global, Outcome, complain, together};
@@ -223,10 +224,26 @@ fn progress(shown: bool) -> ProgressBar {
 }
 
 /// What the network says of an image.
+#[derive(Serialize, Deserialize)]
 pub struct Scored {
-    pub width: usize,
-    pub height: usize,
-    pub logits: Vec<f32>,
+    width: usize,
+    height: usize,
+    /// Told to other processes bit by bit.
+    #[serde(with = "bits")]
+    logits: Vec<f32>,
+}
+
+mod bits {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(values: &[f32], to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(values.iter().map(|value| value.to_bits()))
+    }
+
+    pub fn deserialize<'d, D: Deserializer<'d>>(from: D) -> Result<Vec<f32>, D::Error> {
+        let values = Vec::<u32>::deserialize(from)?;
+        Ok(values.into_iter().map(f32::from_bits).collect())
+    }
 }
 
 /// The same, or why the image could not be read.

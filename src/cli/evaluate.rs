@@ -251,9 +251,7 @@ fn measure(
         if !batch.labels.is_empty() {
             let logits = runner.run(&batch.pixels, batch.labels.len())?;
             if several {
-                own.values.extend(logits);
-                own.labels.extend(&batch.labels);
-                own.samples.extend(&batch.samples);
+                own.add(&batch, logits);
             } else {
                 let evaluation = &mut measured.evaluation;
                 evaluation.add(&logits, &batch.labels, &batch.samples);

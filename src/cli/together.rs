@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
 
-use super::classify::{Answer, Scored};
+use super::classify::Answer;
 use crate::data::{Found, Input, InputError};
 use crate::ranks::{Collectives, Ranks};
 
@@ -39,45 +39,7 @@ struct Job {
 #[derive(Serialize, Deserialize)]
 struct Done {
     index: usize,
-    answers: Vec<Result<Numbers, String>>,
-}
-
-/// [`Scored`] with every bit of its numbers.
-#[derive(Serialize, Deserialize)]
-struct Numbers {
-    width: usize,
-    height: usize,
-    logits: Vec<u32>,
-}
-
-impl From<Scored> for Numbers {
-    fn from(scored: Scored) -> Self {
-        let Scored {
-            width,
-            height,
-            logits,
-        } = scored;
-        Self {
-            width,
-            height,
-            logits: logits.into_iter().map(f32::to_bits).collect(),
-        }
-    }
-}
-
-impl From<Numbers> for Scored {
-    fn from(numbers: Numbers) -> Self {
-        let Numbers {
-            width,
-            height,
-            logits,
-        } = numbers;
-        Self {
-            width,
-            height,
-            logits: logits.into_iter().map(f32::from_bits).collect(),
-        }
-    }
+    answers: Vec<Answer>,
 }
 
 /// The thread that computes.
@@ -211,8 +173,6 @@ fn follow(others: &dyn Collectives, mut engine: Engine) -> anyhow::Result<()> {
         }
         while let Some((index, answers)) = engine.take()? {
             idle = false;
-            let answers = answers.into_iter().map(|answer| answer.map(Numbers::from));
-            let answers = answers.collect();
             others.send(0, &serde_json::to_vec(&Some(Done { index, answers }))?);
             asked += 1;
         }
@@ -325,8 +285,7 @@ impl Lead<'_> {
             while let Some((rank, bytes)) = self.others.receive(None, false) {
                 idle = false;
                 if let Some(Done { index, answers }) = told(&bytes)? {
-                    let answers = answers.into_iter().map(|answer| answer.map(Scored::from));
-                    self.answers.insert(index, answers.collect());
+                    self.answers.insert(index, answers);
                 }
                 self.asking.push_back(rank);
             }

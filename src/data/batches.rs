@@ -10,6 +10,7 @@ use super::{
     Augment, Augmentation, Decoder, ImageError, Mix, Rgb, Sample, crop_pixels, crop_view, normalize,
 };
 use crate::models::Preprocessing;
+use crate::ranks::share;
 
 /// How samples become batches.
 #[derive(Clone)]
@@ -113,8 +114,7 @@ impl BatchPlan {
 
     /// This process's part of so many samples that follow each other.
     fn share(&self, samples: usize) -> Range<usize> {
-        let bound = |part: usize| part * samples / self.parts;
-        bound(self.part)..bound(self.part + 1)
+        share(samples, self.part, self.parts)
     }
 
     /// This process's samples of an epoch's batches, from batch `first` on.

@@ -86,11 +86,6 @@ impl Ranks {
         Ok(Self::alone())
     }
 
-    /// Those behind something else.
-    pub fn of(collectives: Rc<dyn Collectives>) -> Self {
-        Self(Some(collectives))
-    }
-
     /// This process's number, from 0.
     pub fn rank(&self) -> usize {
         self.0.as_ref().map_or(0, |c| c.place().0)
@@ -114,12 +109,6 @@ impl Ranks {
     /// Where there are others: the way to them.
     pub fn others(&self) -> Option<&dyn Collectives> {
         self.0.as_deref()
-    }
-
-    /// This rank's part of so many things, each part as large as the others or larger by one.
-    pub fn share(&self, things: usize) -> Range<usize> {
-        let bound = |rank: usize| rank * things / self.count();
-        bound(self.rank())..bound(self.rank() + 1)
     }
 
     /// Whether any rank says so.
@@ -152,6 +141,12 @@ impl Ranks {
     }
 }
 
+/// A rank's part of so many things, each part as large as the others or larger by one.
+pub fn share(things: usize, rank: usize, count: usize) -> Range<usize> {
+    let bound = |rank: usize| rank * things / count;
+    bound(rank)..bound(rank + 1)
+}
+
 /// Numbers as bytes, and back.
 pub mod bytes {
     /// Of float32.
@@ -170,38 +165,13 @@ pub mod bytes {
 mod tests {
     use super::*;
 
-    struct At(usize, usize);
-
-    impl Collectives for At {
-        fn place(&self) -> (usize, usize) {
-            (self.0, self.1)
-        }
-        fn sum(&self, _: &mut [f64]) {}
-        fn begin_sum(&self, _: Vec<f32>) {}
-        fn progress(&self) {}
-        fn sums(&self) -> Vec<Vec<f32>> {
-            Vec::new()
-        }
-        fn gather(&self, bytes: &[u8]) -> Vec<Vec<u8>> {
-            vec![bytes.to_vec()]
-        }
-        fn broadcast(&self, _: &mut Vec<u8>) {}
-        fn send(&self, _: usize, _: &[u8]) {}
-        fn receive(&self, _: Option<usize>, _: bool) -> Option<(usize, Vec<u8>)> {
-            None
-        }
-        fn abort(&self, code: i32) -> ! {
-            panic!("{code}")
-        }
-    }
-
     #[test]
     fn shares_cover_everything_once() {
         for count in 1..9 {
             for things in 0..40 {
                 let mut next = 0;
                 for rank in 0..count {
-                    let share = Ranks::of(Rc::new(At(rank, count))).share(things);
+                    let share = share(things, rank, count);
                     assert_eq!(share.start, next);
                     assert!(share.len() <= things.div_ceil(count));
                     next = share.end;

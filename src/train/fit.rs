@@ -804,20 +804,18 @@ impl Fitting {
                     if stopped {
                         break;
                     }
-                    for image in batch.skipped {
+                    for image in &batch.skipped {
                         if self.named.insert(image.name.clone()) {
-                            observe(Event::Skipped(&image));
+                            observe(Event::Skipped(image));
                         }
-                        unread = Some(image);
+                        unread = Some(image.clone());
                     }
                     if batch.labels.is_empty() {
                         continue;
                     }
                     let logits = runner.run(&batch.pixels, batch.labels.len())?;
                     if ranks.are_several() {
-                        own.values.extend(logits);
-                        own.labels.extend(&batch.labels);
-                        own.samples.extend(&batch.samples);
+                        own.add(&batch, logits);
                     } else {
                         evaluation.add(&logits, &batch.labels, &batch.samples);
                     }

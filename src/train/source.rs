@@ -62,11 +62,8 @@ impl Features {
         let mut own = Rows::default();
         let (mut seen, mut go_on) = (0, true);
         for batch in plan.evaluation()? {
-            own.samples.extend(&batch.samples);
-            own.labels.extend(&batch.labels);
             if !batch.labels.is_empty() {
-                own.values
-                    .extend(runner.run(&batch.pixels, batch.labels.len())?);
+                own.add(&batch, runner.run(&batch.pixels, batch.labels.len())?);
                 if mirrored {
                     // Its rows follow each other as those of one high image would.
                     let pixels = mirror(&batch.pixels, size);

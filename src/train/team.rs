@@ -6,6 +6,7 @@
 
 use candle_core::{Device, Result, Shape, Tensor, Var};
 
+use crate::data::Batch;
 use crate::exec::params::with_values;
 use crate::ranks::{Collectives, Ranks, bytes};
 
@@ -112,6 +113,13 @@ pub struct Rows {
 }
 
 impl Rows {
+    /// Takes a batch, and what became of it.
+    pub fn add(&mut self, batch: &Batch, values: Vec<f32>) {
+        self.values.extend(values);
+        self.labels.extend(&batch.labels);
+        self.samples.extend(&batch.samples);
+    }
+
     /// Those of all ranks in their order.
     pub fn of_all(self, ranks: &Ranks) -> Self {
         let Some(others) = ranks.others() else {
