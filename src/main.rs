@@ -10,7 +10,7 @@ use sconce::cli::{self, Cli};
 use sconce::ranks::Ranks;
 
 /// Time for the first of several processes to say what is wrong.
-const PATIENCE: Duration = Duration::from_millis(500);
+const PATIENCE: Duration = Duration::from_secs(2);
 /// Nothing could be done.
 const FAILURE: u8 = 2;
 

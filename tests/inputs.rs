@@ -173,6 +173,52 @@ fn a_run_that_was_cut_off_goes_on_and_names_each_path_once() {
 }
 
 #[test]
+fn a_folder_of_results_is_gone_on_with() {
+    let folder = photos();
+    let classify = |more: &[&str]| {
+        let mut arguments = vec!["classify", "photos", "--shards", "results"];
+        arguments.extend(more);
+        sconce(folder.path(), &arguments)
+    };
+    let lines = || {
+        let path = folder.path().join("results/results-0000.jsonl");
+        let file = fs::read_to_string(path).unwrap();
+        let index = folder.path().join("results/index.jsonl");
+        let index = fs::read_to_string(index).unwrap();
+        let listed = |line: &str| {
+            let entry: serde_json::Value = serde_json::from_str(line).unwrap();
+            let number = |key: &str| entry[key].as_u64().unwrap() as usize;
+            file[number("offset")..][..number("bytes")].to_string()
+        };
+        assert_eq!(index.lines().map(listed).collect::<String>(), file);
+        file
+    };
+    let output = classify(&[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stdout), "");
+    let whole = lines();
+    let output = sconce(folder.path(), &["classify", "photos", "--format", "jsonl"]);
+    assert_eq!(text(&output.stdout), whole);
+
+    let again = classify(&[]);
+    assert_eq!(again.status.code(), Some(2));
+    let errors = text(&again.stderr);
+    assert!(
+        errors.contains("--shards: results: holds results"),
+        "{errors}"
+    );
+
+    // Cut off in the second line, and before that is in the index.
+    let first = whole.find('\n').unwrap() + 1;
+    let path = folder.path().join("results/results-0000.jsonl");
+    fs::write(path, &whole[..first + 20]).unwrap();
+    fs::write(folder.path().join("results/index.jsonl"), "").unwrap();
+    let rest = classify(&["--resume-from", "results"]);
+    assert!(rest.status.success(), "{}", text(&rest.stderr));
+    assert_eq!(lines(), whole);
+}
+
+#[test]
 fn images_are_sorted_into_folders_of_their_labels() {
     let folder = photos();
     for (option, moved) in [

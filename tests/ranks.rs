@@ -240,16 +240,96 @@ fn several_classify_as_one() {
     }
 }
 
+/// Results of all shards in the order of the index.
+fn joined(folder: &Path) -> Vec<u8> {
+    let index = fs::read_to_string(folder.join("index.jsonl")).unwrap();
+    let run = |line: &str| {
+        let entry: serde_json::Value = serde_json::from_str(line).unwrap();
+        let number = |key: &str| entry[key].as_u64().unwrap() as usize;
+        let file = fs::read(folder.join(entry["file"].as_str().unwrap())).unwrap();
+        file[number("offset")..][..number("bytes")].to_vec()
+    };
+    index.lines().flat_map(run).collect()
+}
+
+/// Results in a file a process, joined by the index, are those of one process; so are those of a job
+/// that was killed and gone on with, in another order.
+#[test]
+fn shards_are_what_one_process_writes() {
+    let scratch = tempfile::tempdir().unwrap();
+    let data = photos(40);
+    fs::write(data.path().join("cat/broken.png"), "no picture").unwrap();
+    let classify = |processes: usize| {
+        let mut command = sconce(processes);
+        command.args(["classify", text(data.path()), "-j", "1"]);
+        command
+    };
+    let one = classify(0).args(["--format", "jsonl"]).output().unwrap();
+    assert_eq!(one.status.code(), Some(1));
+    for processes in [0, 2, 3] {
+        let folder = scratch.path().join(processes.to_string());
+        let shards = |more: &[&str]| {
+            let mut command = classify(processes);
+            command.args(["--shards", text(&folder)]).args(more);
+            command.output().unwrap()
+        };
+        let output = shards(&[]);
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{told}");
+        assert!(output.stdout.is_empty());
+        assert_eq!(told.matches("broken.png").count(), 1, "{told}");
+        assert!(joined(&folder) == one.stdout, "{processes} processes");
+        let files = fs::read_dir(&folder).unwrap().count();
+        assert_eq!(files, processes.max(1) + 1);
+        // Another run may not mix with it; one that goes on has nothing left to do.
+        let refused = shards(&[]);
+        let told = String::from_utf8_lossy(&refused.stderr);
+        assert_eq!(refused.status.code(), Some(2), "{told}");
+        assert!(told.contains("--shards"), "{told}");
+        assert_eq!(
+            shards(&["--resume-from", text(&folder)]).status.code(),
+            Some(0)
+        );
+        assert!(joined(&folder) == one.stdout);
+    }
+    let folder = scratch.path().join("killed");
+    let shards = |processes: usize| {
+        let mut command = classify(processes);
+        command.args(["--shards", text(&folder)]);
+        command
+    };
+    let mut child = shards(2).stderr(Stdio::null()).spawn().unwrap();
+    let written = || fs::read(folder.join("results-0001.jsonl")).map_or(0, |file| file.len());
+    while written() == 0 {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let ranks = processes_with(text(&folder));
+    let victim = ranks.last().unwrap().to_string();
+    Command::new("kill").args(["-9", &victim]).status().unwrap();
+    assert!(!child.wait().unwrap().success());
+    let mut command = shards(3);
+    command
+        .args(["--resume-from", text(&folder)])
+        .output()
+        .unwrap();
+    let sorted = |bytes: &[u8]| {
+        let mut lines: Vec<_> = bytes.split(|&b| b == b'\n').map(<[u8]>::to_vec).collect();
+        lines.sort();
+        lines
+    };
+    assert!(sorted(&joined(&folder)) == sorted(&one.stdout));
+}
+
 #[test]
 fn several_evaluate_as_one() {
-    let data = photos(7);
+    let data = photos(25);
     fs::write(data.path().join("cat/broken.png"), "no picture").unwrap();
     let labels = data.path().join("labels");
     fs::write(&labels, "cat\ncoffee\nphotographer\n").unwrap();
     let scratch = tempfile::tempdir().unwrap();
     let weights = scratch.path().join("weights.safetensors");
     write_formula(&weights, "mobilenet_v3_small", 3);
-    let evaluate = |processes: usize| {
+    let evaluate = |processes: usize, mistakes: &Path| {
         let mut command = sconce(processes);
         command.args([
             "evaluate",
@@ -260,14 +340,20 @@ fn several_evaluate_as_one() {
             "1",
         ]);
         command.args(["--weights", text(&weights), "--labels", text(&labels)]);
-        command.args(["--format", "json"]).output().unwrap()
+        command.args(["--format", "json", "--mistakes", text(mistakes)]);
+        command.output().unwrap()
     };
-    let alone = evaluate(0);
+    let files = ["one.csv", "several.csv"].map(|name| scratch.path().join(name));
+    let alone = evaluate(0, &files[0]);
     let told = String::from_utf8_lossy(&alone.stderr);
     assert_eq!(alone.status.code(), Some(1), "{told}");
     for processes in [2, 3] {
-        let several = evaluate(processes);
-        assert_eq!(several.status.code(), Some(1));
+        let several = evaluate(processes, &files[1]);
+        let told = String::from_utf8_lossy(&several.stderr);
+        assert_eq!(several.status.code(), Some(1), "{told}");
+        assert_eq!(told.matches("broken.png").count(), 1, "{told}");
+        let [one, other] = files.each_ref().map(|file| fs::read(file).unwrap());
+        assert!(one == other, "{processes}");
         assert_eq!(
             String::from_utf8_lossy(&several.stdout),
             String::from_utf8_lossy(&alone.stdout)
@@ -286,6 +372,19 @@ fn what_is_wrong_is_said_once_and_ends_all() {
     }
     let output = sconce(2).args(["models"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
+    // The second sees one image more.
+    let data = [photos(4), photos(5)];
+    let scratch = tempfile::tempdir().unwrap();
+    let out = scratch.path().join("run");
+    for command in [&["evaluate"][..], &["finetune", "-o", text(&out)]] {
+        let mut both = sconce(1);
+        both.args(command).arg(text(data[0].path()));
+        both.args([":", "-n", "1", SCONCE]).args(command);
+        let output = both.arg(text(data[1].path())).output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{told}");
+        assert_eq!(told.matches("do not all see the same").count(), 1, "{told}");
+    }
 }
 
 /// Processes whose command line has that text in it.

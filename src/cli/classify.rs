@@ -1,4 +1,4 @@
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Write};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
@@ -10,10 +10,13 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 
 use super::images::Images;
-use super::{Global, Outcome, complain, together};
+use super::together::{self, Results};
+use super::{Global, Outcome, complain};
 use crate::data::{Decoder, Found, Loaded, Loader, Next, Prepared, Sorting, mirror, sort_into};
 use crate::exec::Runner;
-use crate::report::{self, Earlier, Prediction, Ranking, Record, Writer};
+use crate::report::{
+    self, Earlier, INDEX_FILE, Index, IndexEntry, Prediction, Ranking, Record, Shard, Writer,
+};
 use crate::weights::{Model, resolve};
 
 /// Say what is in images
@@ -65,10 +68,14 @@ pub struct Arguments {
     /// stopped or the folders are gone
     #[arg(long, conflicts_with = "files_from")]
     watch: bool,
-    /// Leave out images whose results are in this file of an earlier run, to which those of this one
-    /// may be appended
+    /// Leave out images whose results are in this file (or folder, see --shards) of an earlier run, to
+    /// which those of this one may be appended
     #[arg(long, value_name = "RESULTS.jsonl")]
     resume_from: Option<PathBuf>,
+    /// Write results into a folder, as JSON lines: a file for each process (see the README on several
+    /// machines), and index.jsonl, which tells their order
+    #[arg(long, value_name = "DIR", conflicts_with = "format")]
+    shards: Option<PathBuf>,
 }
 
 /// Where images go of which nothing is said.
@@ -112,19 +119,25 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
     } else {
         Box::new(arguments.images.open("classify")?)
     };
-    let earlier = arguments.resume_from.as_deref();
-    let earlier = earlier
-        .map(|path| Earlier::read(path).with_context(|| path.display().to_string()))
+    let earlier_at = arguments.resume_from.as_deref();
+    let earlier = earlier_at
+        .map(Earlier::read)
         .transpose()
         .context("--resume-from")?;
     if let Some(earlier) = &earlier {
         let count = earlier.len();
         global.note(&format!("{count} results are there already"));
-        if earlier.is_cut() && arguments.format == Format::Jsonl && global.ranks.is_first() {
+        let appends = arguments.format == Format::Jsonl && arguments.shards.is_none();
+        if earlier.is_cut() && appends && global.ranks.is_first() {
             // What is appended must not become part of the line that was cut off.
             writeln!(global.stdout())?;
         }
     }
+    let shards = arguments.shards.as_deref();
+    let shards = shards
+        .map(|folder| Shards::begin(global, folder, earlier_at))
+        .transpose()
+        .context("--shards")?;
     let started = Instant::now();
     let model = resolve(&global.request())?;
     global.report_weights(&model);
@@ -145,9 +158,14 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
     };
     let size = [model.preprocessing.crop; 2];
     let options = global.plan_options();
-    let out: Box<dyn Write> = match global.ranks.is_first() {
-        true => Box::new(global.stdout().lock()),
-        false => Box::new(io::sink()),
+    let out: Box<dyn Write> = match &shards {
+        Some(shards) => Box::new(BufWriter::new(shards.own.writer()?)),
+        None if global.ranks.is_first() => Box::new(global.stdout().lock()),
+        None => Box::new(io::sink()),
+    };
+    let format = match &shards {
+        Some(_) => report::Format::JsonLines,
+        None => arguments.format.into(),
     };
     let mut output = Output {
         ranking: Ranking {
@@ -156,7 +174,8 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
             min_probability: arguments.min_probability,
         },
         labels: model.labels.clone(),
-        writer: Writer::new(out, arguments.format.into())?,
+        writer: Writer::new(out, format)?,
+        shards,
         progress: progress(global.shows_progress()),
         logits: arguments.logits,
         sorting: arguments.sort_into.map(|folder| {
@@ -171,17 +190,16 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
         failed: 0,
     };
     if global.ranks.are_several() {
+        let batch_size = engine.batch_size;
         let work = move |inputs: Receiver<Found>, answer: &mut dyn FnMut(Answer)| {
             let loader = engine.load(inputs.into_iter(), &model)?;
             let mut runner = model.runner(&device, size, options)?;
-            engine.classify(&loader, &model, &mut runner, &mut |_, scored| {
-                answer(scored);
+            engine.classify(&loader, &model, &mut runner, &mut |answers| {
+                answers.into_iter().for_each(&mut *answer);
                 Ok(())
             })
         };
-        together::classify(&global.ranks, inputs, work, &mut |name, answer| {
-            output.write(name, answer)
-        })?;
+        together::share_out(&global.ranks, batch_size, inputs, work, &mut output)?;
     } else {
         let loader = engine.load(inputs, &model)?;
         let mut runner = model.runner(&device, size, options)?;
@@ -194,8 +212,9 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
                 started.elapsed().as_secs_f64() * 1e3
             )
         });
-        engine.classify(&loader, &model, &mut runner, &mut |name, answer| {
-            output.write(name, answer)
+        engine.classify(&loader, &model, &mut runner, &mut |answers| {
+            let settled = output.settle(answers)?;
+            output.take(settled)
         })?;
     }
     if !global.ranks.is_first() {
@@ -203,6 +222,14 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
     }
     output.progress.finish_and_clear();
     output.writer.finish()?;
+    if let Some(folder) = &arguments.shards {
+        let index = folder.join(INDEX_FILE);
+        let count = output.done + output.failed;
+        global.note(&format!(
+            "{count} results, in the order of {}",
+            index.display()
+        ));
+    }
     global.verbose(|| {
         let seconds = started.elapsed().as_secs_f64();
         let rate = output.done as f64 / seconds;
@@ -225,29 +252,16 @@ fn progress(shown: bool) -> ProgressBar {
 
 /// What the network says of an image.
 #[derive(Serialize, Deserialize)]
-pub struct Scored {
+struct Scored {
     width: usize,
     height: usize,
     /// Told to other processes bit by bit.
-    #[serde(with = "bits")]
+    #[serde(with = "together::bits")]
     logits: Vec<f32>,
 }
 
-mod bits {
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    pub fn serialize<S: Serializer>(values: &[f32], to: S) -> Result<S::Ok, S::Error> {
-        to.collect_seq(values.iter().map(|value| value.to_bits()))
-    }
-
-    pub fn deserialize<'d, D: Deserializer<'d>>(from: D) -> Result<Vec<f32>, D::Error> {
-        let values = Vec::<u32>::deserialize(from)?;
-        Ok(values.into_iter().map(f32::from_bits).collect())
-    }
-}
-
-/// The same, or why the image could not be read.
-pub type Answer = Result<Scored, String>;
+/// An image's name, and the same or why it could not be read.
+type Answer = (String, Result<Scored, String>);
 
 /// How images become logits.
 struct Engine {
@@ -269,13 +283,13 @@ impl Engine {
     }
 
     /// Takes images as they come, and hands a batch on when it is full or nothing more comes. Each
-    /// image's answer goes to `write`, with its name.
+    /// batch's answers go to `write`.
     fn classify(
         &self,
         loader: &Loader,
         model: &Model,
         runner: &mut Runner,
-        write: &mut dyn FnMut(String, Answer) -> anyhow::Result<()>,
+        write: &mut dyn FnMut(Vec<Answer>) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         let mut pending: Vec<Loaded> = Vec::new();
         let mut batch = |pending: &mut Vec<Loaded>| -> anyhow::Result<()> {
@@ -285,15 +299,15 @@ impl Engine {
                 .collect();
             let logits = self.logits(&images, model, runner)?;
             let mut logits = logits.chunks_exact(model.labels.len());
-            for Loaded { name, result } in pending.drain(..) {
-                let answer = result.map(|image| Scored {
+            let answer = |Loaded { name, result }: Loaded| {
+                let scored = result.map(|image| Scored {
                     width: image.width,
                     height: image.height,
                     logits: logits.next().unwrap_or_default().to_vec(),
                 });
-                write(name, answer)?;
-            }
-            Ok(())
+                (name, scored)
+            };
+            write(pending.drain(..).map(answer).collect())
         };
         loop {
             let wait = (!pending.is_empty()).then_some(PATIENCE);
@@ -341,6 +355,7 @@ struct Output<W: io::Write> {
     labels: Vec<String>,
     ranking: Ranking,
     writer: Writer<W>,
+    shards: Option<Shards>,
     progress: ProgressBar,
     logits: bool,
     sorting: Option<(PathBuf, Sorting)>,
@@ -348,29 +363,103 @@ struct Output<W: io::Write> {
     failed: usize,
 }
 
+/// Files of results, each process's own (--shards).
+struct Shards {
+    own: Shard,
+    /// The first process's to write.
+    index: Option<Index>,
+}
+
+impl Shards {
+    /// Goes on where the results of an earlier run are in the same folder.
+    fn begin(global: &Global, folder: &Path, earlier: Option<&Path>) -> anyhow::Result<Self> {
+        let goes_on = earlier.is_some_and(|earlier| same_folder(earlier, folder));
+        let ranks = &global.ranks;
+        let index = ranks.is_first().then(|| Index::begin(folder, goes_on));
+        let index = index.transpose()?;
+        // The others append to files that are whole.
+        ranks.any(false);
+        Ok(Self {
+            own: Shard::open(folder, ranks.rank())?,
+            index,
+        })
+    }
+}
+
+fn same_folder(one: &Path, other: &Path) -> bool {
+    match (one.canonicalize(), other.canonicalize()) {
+        (Ok(one), Ok(other)) => one == other,
+        _ => false,
+    }
+}
+
+/// What the first process is told of images.
+#[derive(Serialize, Deserialize)]
+enum Settled {
+    Answers(Vec<Answer>),
+    /// Their results are in a file already.
+    Written {
+        entry: IndexEntry,
+        failed: usize,
+    },
+}
+
+impl<W: io::Write> Results for Output<W> {
+    type Answer = Answer;
+    type Settled = Settled;
+
+    fn settle(&mut self, answers: Vec<Answer>) -> anyhow::Result<Settled> {
+        // Taken out while it writes.
+        let Some(mut shards) = self.shards.take() else {
+            return Ok(Settled::Answers(answers));
+        };
+        let count = answers.len() as u64;
+        let failed = self.write_all(answers)?;
+        let entry = shards.own.entry(count)?;
+        self.shards = Some(shards);
+        Ok(Settled::Written { entry, failed })
+    }
+
+    fn take(&mut self, settled: Settled) -> anyhow::Result<()> {
+        let (count, failed) = match settled {
+            Settled::Answers(answers) => (answers.len(), self.write_all(answers)?),
+            Settled::Written { entry, failed } => {
+                if let Some(index) = self.shards.as_mut().and_then(|s| s.index.as_mut()) {
+                    index.add(&entry)?;
+                }
+                (entry.results as usize, failed)
+            }
+        };
+        self.done += count - failed;
+        self.failed += failed;
+        self.progress.inc(count as u64);
+        Ok(())
+    }
+}
+
 impl<W: io::Write> Output<W> {
-    fn write(&mut self, name: String, answer: Answer) -> anyhow::Result<()> {
-        let result = answer.and_then(|scored| {
-            let prediction = Prediction {
-                width: scored.width,
-                height: scored.height,
-                top: self.ranking.rank(&scored.logits, &self.labels),
-                logits: self.logits.then_some(scored.logits),
-            };
-            self.sort(&name, &prediction)?;
-            Ok(prediction)
-        });
-        match &result {
-            Ok(_) => self.done += 1,
-            Err(error) => {
-                self.failed += 1;
+    /// Writes results, in their order. How many are of images that failed.
+    fn write_all(&mut self, answers: Vec<Answer>) -> anyhow::Result<usize> {
+        let mut failed = 0;
+        for (name, answer) in answers {
+            let result = answer.and_then(|scored| {
+                let prediction = Prediction {
+                    width: scored.width,
+                    height: scored.height,
+                    top: self.ranking.rank(&scored.logits, &self.labels),
+                    logits: self.logits.then_some(scored.logits),
+                };
+                self.sort(&name, &prediction)?;
+                Ok(prediction)
+            });
+            if let Err(error) = &result {
+                failed += 1;
                 let line = format!("{}: {error}", name.escape_debug());
                 self.progress.suspend(|| complain(&line));
             }
+            self.writer.write(&Record::new(name, result))?;
         }
-        self.writer.write(&Record::new(name, result))?;
-        self.progress.inc(1);
-        Ok(())
+        Ok(failed)
     }
 
     /// Puts an image into the folder of its label, where that is wanted.

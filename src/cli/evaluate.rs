@@ -2,19 +2,24 @@ use std::io::{self, IsTerminal};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
 
+use super::together::{self, Results};
 use super::{Global, Outcome, ReportFormat, complain};
 use crate::data::{
-    self, Augmentation, BatchPlan, Cache, CacheLimit, Decoder, LabelledImages, Part, Sample,
+    self, Augmentation, Batch, BatchPlan, Cache, CacheLimit, Decoder, LabelledImages, Part, Sample,
+    Skipped, fingerprint,
 };
 use crate::exec::Runner;
+use crate::ranks::RANKS_DIFFER;
 use crate::report::{Balance, Calibration, Judgement, Page, confusion_matrix, quoted, write_file};
-use crate::train::{Evaluation, Rows, best_temperature};
+use crate::train::{Evaluation, best_temperature};
 use crate::weights::{Model, match_classes, resolve, set_temperature};
 
 /// Say how well a network names labelled images
@@ -113,6 +118,10 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         global.seed(),
         &global.hub(),
     )?;
+    let seen = fingerprint(&arguments.data, &images.classes, &[&images.samples]);
+    if !global.ranks.agree(seen) {
+        bail!("{}: {RANKS_DIFFER}", arguments.data);
+    }
     let classes =
         match_classes(&images.classes, &model.labels).with_context(|| arguments.data.clone())?;
     let samples = images.samples.into_iter().map(|sample| Sample {
@@ -161,6 +170,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         mut evaluation,
         logits,
         mut unreadable,
+        ..
     } = measure(
         global,
         runner,
@@ -184,9 +194,9 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     if evaluation.images() == 0 {
         return Ok(Outcome::NothingDone);
     }
-    let calibration = match &calibrated {
-        Some(file) => Some(calibrate(file, &mut evaluation, &logits, temperature)?),
-        None => None,
+    let calibration = match (&calibrated, &logits) {
+        (Some(file), Some(logits)) => Some(calibrate(file, &mut evaluation, logits, temperature)?),
+        _ => None,
     };
     let judgement = Judgement {
         evaluation: &evaluation,
@@ -221,8 +231,94 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
 struct Measured {
     evaluation: Evaluation,
     /// `[N, classes]`, where they were asked for.
-    logits: Vec<f32>,
+    logits: Option<Vec<f32>>,
     unreadable: usize,
+    bar: ProgressBar,
+}
+
+/// What became of a sample.
+#[derive(Serialize, Deserialize)]
+enum Answer {
+    Logits {
+        sample: usize,
+        label: usize,
+        #[serde(with = "together::bits")]
+        logits: Vec<f32>,
+    },
+    Skipped(Skipped),
+}
+
+impl Results for Measured {
+    type Answer = Answer;
+    type Settled = Vec<Answer>;
+
+    fn settle(&mut self, answers: Vec<Answer>) -> anyhow::Result<Vec<Answer>> {
+        Ok(answers)
+    }
+
+    fn take(&mut self, answers: Vec<Answer>) -> anyhow::Result<()> {
+        self.bar.inc(answers.len() as u64);
+        for answer in answers {
+            match answer {
+                Answer::Logits {
+                    sample,
+                    label,
+                    logits,
+                } => {
+                    self.evaluation.add(&logits, &[label], &[sample]);
+                    if let Some(all) = &mut self.logits {
+                        all.extend(logits);
+                    }
+                }
+                Answer::Skipped(Skipped { name, reason }) => {
+                    self.unreadable += 1;
+                    let line = format!("{}: {reason}", name.escape_debug());
+                    self.bar.suspend(|| complain(&line));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Answers to the samples of a batch, in their order.
+fn answers(batch: Batch, order: &Receiver<usize>, logits: &[f32], classes: usize) -> Vec<Answer> {
+    let count = batch.labels.len() + batch.skipped.len();
+    let read = batch.samples.into_iter().zip(batch.labels);
+    let mut read = read.zip(logits.chunks_exact(classes)).peekable();
+    let mut skipped = batch.skipped.into_iter();
+    let answer = |sample: usize| match read.next_if(|((read, _), _)| *read == sample) {
+        Some(((sample, label), logits)) => Some(Answer::Logits {
+            sample,
+            label,
+            logits: logits.to_vec(),
+        }),
+        None => skipped.next().map(Answer::Skipped),
+    };
+    order.iter().take(count).filter_map(answer).collect()
+}
+
+/// Takes samples as they are named. Each batch's answers go to `write`.
+fn evaluate(
+    runner: &mut Runner,
+    plan: &BatchPlan,
+    samples: impl Iterator<Item = usize> + Send + 'static,
+    classes: usize,
+    write: &mut dyn FnMut(Vec<Answer>) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let (named, order) = mpsc::channel();
+    let samples = samples.inspect(move |sample| {
+        // It is gone where the process ends.
+        let _ = named.send(*sample);
+    });
+    for batch in plan.as_named(samples).context("cannot start threads")? {
+        let logits = match batch.labels.len() {
+            0 => Vec::new(),
+            count => runner.run(&batch.pixels, count)?,
+        };
+        write(answers(batch, &order, &logits, classes))?;
+    }
+    Ok(())
 }
 
 fn measure(
@@ -235,43 +331,32 @@ fn measure(
 ) -> anyhow::Result<Measured> {
     let mut measured = Measured {
         evaluation: Evaluation::new(classes, temperature),
-        logits: Vec::new(),
+        logits: keep_logits.then(Vec::new),
         unreadable: 0,
+        bar: progress(global, plan.samples.len()),
     };
-    // With several processes, what this one's part gave.
-    let mut own = Rows::default();
-    let several = global.ranks.are_several();
-    let bar = progress(global, plan.samples.len());
-    for batch in plan.evaluation().context("cannot start threads")? {
-        for image in &batch.skipped {
-            let line = format!("{}: {}", image.name.escape_debug(), image.reason);
-            bar.suspend(|| complain(&line));
-        }
-        measured.unreadable += batch.skipped.len();
-        if !batch.labels.is_empty() {
-            let logits = runner.run(&batch.pixels, batch.labels.len())?;
-            if several {
-                own.add(&batch, logits);
-            } else {
-                let evaluation = &mut measured.evaluation;
-                evaluation.add(&logits, &batch.labels, &batch.samples);
-                if keep_logits {
-                    measured.logits.extend(logits);
-                }
-            }
-        }
-        let done = batch.labels.len() + batch.skipped.len();
-        bar.inc((done * plan.parts) as u64);
+    let samples = 0..plan.samples.len();
+    if global.ranks.are_several() {
+        let own = plan.clone();
+        let work = move |samples: Receiver<usize>, answer: &mut dyn FnMut(Answer)| {
+            evaluate(
+                &mut runner,
+                &own,
+                samples.into_iter(),
+                classes,
+                &mut |answers| {
+                    answers.into_iter().for_each(&mut *answer);
+                    Ok(())
+                },
+            )
+        };
+        together::share_out(&global.ranks, plan.batch_size, samples, work, &mut measured)?;
+    } else {
+        evaluate(&mut runner, plan, samples, classes, &mut |answers| {
+            measured.take(answers)
+        })?;
     }
-    bar.finish_and_clear();
-    if several {
-        let all = own.of_all(&global.ranks);
-        let evaluation = &mut measured.evaluation;
-        evaluation.add(&all.values, &all.labels, &all.samples);
-        measured.logits = all.values;
-        let [unreadable] = global.ranks.sum([measured.unreadable as f64]);
-        measured.unreadable = unreadable as usize;
-    }
+    measured.bar.finish_and_clear();
     Ok(measured)
 }
 

@@ -1,7 +1,7 @@
-//! Images that several processes classify together.
+//! Work on images that several processes share.
 //!
 //! The first one finds the images and hands them out in small blocks, to whoever asks for more, itself
-//! included; so a slow machine gets fewer. It writes all results, in the order of the images. Every
+//! included; so a slow machine gets fewer. It takes all results, in the order of the images. Every
 //! process has a thread that computes, and its main thread, the only one that speaks to the others.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -11,13 +11,13 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::classify::Answer;
-use crate::data::{Found, Input, InputError};
+use crate::data::{Found, Input};
 use crate::ranks::{Collectives, Ranks};
 
-/// Images of a block.
+/// Images of a block, unless a batch of the network has more.
 const BLOCK: usize = 16;
 /// Blocks that a process has at a time: one that it works on, and the next.
 const AHEAD: usize = 2;
@@ -28,40 +28,86 @@ const PATIENCE: Duration = Duration::from_millis(20);
 /// How long a thread sleeps that has nothing to do.
 const NAP: Duration = Duration::from_micros(200);
 
-/// Paths to classify, to a process that asked for them. None at the end.
+/// What is handed out.
+pub trait Task: Sized + Send + 'static {
+    /// For another process, where one can do it.
+    fn to_bytes(&self) -> Option<Vec<u8>>;
+
+    /// What [`Task::to_bytes`] told.
+    fn from_bytes(bytes: Vec<u8>) -> Self;
+}
+
+/// An image to classify, where others can read it: not standard input, and nothing that is missing.
+impl Task for Found {
+    fn to_bytes(&self) -> Option<Vec<u8>> {
+        match self {
+            Ok(Input::File(path)) => Some(bytes_of(path.clone())),
+            Ok(Input::Stdin) | Err(_) => None,
+        }
+    }
+
+    fn from_bytes(bytes: Vec<u8>) -> Self {
+        Ok(Input::File(path_of(bytes)))
+    }
+}
+
+/// A sample of data that all have opened, by its place.
+impl Task for usize {
+    fn to_bytes(&self) -> Option<Vec<u8>> {
+        Some(self.to_string().into_bytes())
+    }
+
+    fn from_bytes(bytes: Vec<u8>) -> Self {
+        let text = String::from_utf8(bytes).unwrap_or_default();
+        text.parse().unwrap_or(usize::MAX)
+    }
+}
+
+/// Values that are told bit by bit.
+pub mod bits {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(values: &[f32], to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(values.iter().map(|value| value.to_bits()))
+    }
+
+    pub fn deserialize<'d, D: Deserializer<'d>>(from: D) -> Result<Vec<f32>, D::Error> {
+        let values = Vec::<u32>::deserialize(from)?;
+        Ok(values.into_iter().map(f32::from_bits).collect())
+    }
+}
+
+/// A block, to a process that asked for one. None at the end.
 #[derive(Serialize, Deserialize)]
 struct Job {
     index: usize,
-    paths: Vec<Vec<u8>>,
+    tasks: Vec<Vec<u8>>,
 }
 
-/// What became of them, to the first process: at the same time it asks for the next block.
+/// What became of it, to the first process: at the same time it asks for the next block.
 #[derive(Serialize, Deserialize)]
-struct Done {
+struct Done<S> {
     index: usize,
-    answers: Vec<Answer>,
+    settled: S,
 }
 
 /// The thread that computes.
-struct Engine {
-    jobs: Option<Sender<Found>>,
-    answers: Receiver<Answer>,
+struct Engine<T, A> {
+    jobs: Option<Sender<T>>,
+    answers: Receiver<A>,
     thread: Option<JoinHandle<anyhow::Result<()>>>,
-    /// Blocks it has: their number, how many images, and the answers so far.
-    blocks: VecDeque<(usize, usize, Vec<Answer>)>,
+    /// Blocks it has: their number, how many tasks, and the answers so far.
+    blocks: VecDeque<(usize, usize, Vec<A>)>,
 }
 
-impl Engine {
-    /// `work` takes images and gives an answer to each, in their order, until no more come.
+impl<T: Task, A: Send + 'static> Engine<T, A> {
     fn start(
-        work: impl FnOnce(Receiver<Found>, &mut dyn FnMut(Answer)) -> anyhow::Result<()>
-        + Send
-        + 'static,
+        work: impl FnOnce(Receiver<T>, &mut dyn FnMut(A)) -> anyhow::Result<()> + Send + 'static,
     ) -> anyhow::Result<Self> {
         let (jobs, taken) = mpsc::channel();
         let (given, answers) = mpsc::channel();
         let thread = thread::Builder::new()
-            .name("classify".into())
+            .name("compute".into())
             .spawn(move || {
                 work(taken, &mut |answer| {
                     // Nobody waits for it where the process ends.
@@ -80,17 +126,17 @@ impl Engine {
         self.blocks.len() < AHEAD
     }
 
-    fn give(&mut self, index: usize, inputs: Vec<Found>) {
-        self.blocks.push_back((index, inputs.len(), Vec::new()));
+    fn give(&mut self, index: usize, tasks: Vec<T>) {
+        self.blocks.push_back((index, tasks.len(), Vec::new()));
         let Some(jobs) = &self.jobs else { return };
-        for input in inputs {
+        for task in tasks {
             // Whether the thread is there, `take` tells.
-            let _ = jobs.send(input);
+            let _ = jobs.send(task);
         }
     }
 
     /// The next block that is done.
-    fn take(&mut self) -> anyhow::Result<Option<(usize, Vec<Answer>)>> {
+    fn take(&mut self) -> anyhow::Result<Option<(usize, Vec<A>)>> {
         while let Some((_, count, answers)) = self.blocks.front_mut() {
             if answers.len() == *count {
                 let done = self.blocks.pop_front();
@@ -119,13 +165,35 @@ impl Engine {
     }
 }
 
-/// Classifies `inputs` (those of the first process count) together with others; `write` gets the
-/// answers on the first process, in their order, with their names.
-pub fn classify(
+/// What becomes of answers.
+pub trait Results {
+    /// To one task.
+    type Answer: Send + 'static;
+    /// What the first process is told of a block.
+    type Settled: Serialize + DeserializeOwned;
+
+    /// On the process that had them: the answers to tasks that follow each other.
+    ///
+    /// # Errors
+    /// Those end the job; likewise below.
+    fn settle(&mut self, answers: Vec<Self::Answer>) -> anyhow::Result<Self::Settled>;
+
+    /// On the first process: what was told, in the order of the tasks.
+    fn take(&mut self, settled: Self::Settled) -> anyhow::Result<()>;
+}
+
+/// Does `tasks` (those of the first process count) together with others, in blocks of `batch_size` or
+/// more. `work` gives an answer to each task, in their order, until no more come.
+///
+/// # Errors
+/// Those of `work` and `results`, and where threads cannot be started. The other processes have to be
+/// ended then.
+pub fn share_out<T: Task, R: Results>(
     ranks: &Ranks,
-    inputs: impl Iterator<Item = Found> + Send + 'static,
-    work: impl FnOnce(Receiver<Found>, &mut dyn FnMut(Answer)) -> anyhow::Result<()> + Send + 'static,
-    write: &mut dyn FnMut(String, Answer) -> anyhow::Result<()>,
+    batch_size: usize,
+    tasks: impl Iterator<Item = T> + Send + 'static,
+    work: impl FnOnce(Receiver<T>, &mut dyn FnMut(R::Answer)) -> anyhow::Result<()> + Send + 'static,
+    results: &mut R,
 ) -> anyhow::Result<()> {
     let Some(others) = ranks.others() else {
         return Ok(());
@@ -135,18 +203,17 @@ pub fn classify(
         Lead {
             others,
             engine,
-            blocks: Blocks::find(inputs)?,
+            blocks: Blocks::find(tasks, batch_size.max(BLOCK))?,
             next: 0,
-            written: 0,
+            taken: 0,
             asking: VecDeque::new(),
-            names: BTreeMap::new(),
-            answers: BTreeMap::new(),
+            settled: BTreeMap::new(),
             window: WINDOW * ranks.count(),
             local: None,
         }
-        .run(AHEAD * (ranks.count() - 1), write)
+        .run(AHEAD * (ranks.count() - 1), results)
     } else {
-        follow(others, engine)
+        follow(others, engine, results)
     }
 }
 
@@ -155,7 +222,11 @@ fn told<T: for<'a> Deserialize<'a>>(bytes: &[u8]) -> anyhow::Result<T> {
 }
 
 /// Does blocks that the first process hands out.
-fn follow(others: &dyn Collectives, mut engine: Engine) -> anyhow::Result<()> {
+fn follow<T: Task, R: Results>(
+    others: &dyn Collectives,
+    mut engine: Engine<T, R::Answer>,
+    results: &mut R,
+) -> anyhow::Result<()> {
     for _ in 0..AHEAD {
         others.send(0, b"null");
     }
@@ -166,14 +237,14 @@ fn follow(others: &dyn Collectives, mut engine: Engine) -> anyhow::Result<()> {
         if let Some((_, bytes)) = others.receive(Some(0), false) {
             idle = false;
             asked -= 1;
-            if let Some(Job { index, paths }) = told(&bytes)? {
-                let inputs = paths.into_iter().map(|path| Ok(Input::File(path_of(path))));
-                engine.give(index, inputs.collect());
+            if let Some(Job { index, tasks }) = told(&bytes)? {
+                engine.give(index, tasks.into_iter().map(T::from_bytes).collect());
             }
         }
         while let Some((index, answers)) = engine.take()? {
             idle = false;
-            others.send(0, &serde_json::to_vec(&Some(Done { index, answers }))?);
+            let settled = results.settle(answers)?;
+            others.send(0, &serde_json::to_vec(&Some(Done { index, settled }))?);
             asked += 1;
         }
         if idle {
@@ -205,21 +276,22 @@ fn bytes_of(path: PathBuf) -> Vec<u8> {
     path.to_string_lossy().into_owned().into_bytes()
 }
 
-/// Images in blocks, as they are found.
-struct Blocks {
-    found: Receiver<Found>,
+/// Tasks in blocks, as they are found.
+struct Blocks<T> {
+    found: Receiver<T>,
+    size: usize,
     /// The block that is filled, and since when.
-    block: Vec<Found>,
+    block: Vec<T>,
     since: Instant,
     at_end: bool,
 }
 
-impl Blocks {
-    fn find(inputs: impl Iterator<Item = Found> + Send + 'static) -> anyhow::Result<Self> {
-        let (sender, found) = mpsc::sync_channel(4 * BLOCK);
+impl<T: Task> Blocks<T> {
+    fn find(tasks: impl Iterator<Item = T> + Send + 'static, size: usize) -> anyhow::Result<Self> {
+        let (sender, found) = mpsc::sync_channel(4 * size);
         let find = move || {
-            for input in inputs {
-                if sender.send(input).is_err() {
+            for task in tasks {
+                if sender.send(task).is_err() {
                     return;
                 }
             }
@@ -230,6 +302,7 @@ impl Blocks {
             .context("cannot start threads")?;
         Ok(Self {
             found,
+            size,
             block: Vec::new(),
             since: Instant::now(),
             at_end: false,
@@ -237,14 +310,14 @@ impl Blocks {
     }
 
     /// The next block, once it is full or nothing more comes for a moment.
-    fn next(&mut self) -> Option<Vec<Found>> {
-        while self.block.len() < BLOCK && !self.at_end {
+    fn next(&mut self) -> Option<Vec<T>> {
+        while self.block.len() < self.size && !self.at_end {
             match self.found.recv_timeout(Duration::ZERO) {
-                Ok(input) => {
+                Ok(task) => {
                     if self.block.is_empty() {
                         self.since = Instant::now();
                     }
-                    self.block.push(input);
+                    self.block.push(task);
                 }
                 Err(RecvTimeoutError::Timeout) if self.since.elapsed() < PATIENCE => return None,
                 Err(RecvTimeoutError::Timeout) => break,
@@ -256,53 +329,45 @@ impl Blocks {
 }
 
 /// The first process.
-struct Lead<'a> {
+struct Lead<'a, T, R: Results> {
     others: &'a dyn Collectives,
-    engine: Engine,
-    blocks: Blocks,
-    /// Number of the next block, and of the next one to write.
+    engine: Engine<T, R::Answer>,
+    blocks: Blocks<T>,
+    /// Number of the next block, and of the next one that is taken.
     next: usize,
-    written: usize,
+    taken: usize,
     /// Processes that wait for a block, once for each that they want.
     asking: VecDeque<usize>,
-    names: BTreeMap<usize, Vec<String>>,
-    answers: BTreeMap<usize, Vec<Answer>>,
+    settled: BTreeMap<usize, R::Settled>,
     /// Blocks that may be under way.
     window: usize,
     /// A block that is for this process alone: standard input cannot be sent.
-    local: Option<Vec<Found>>,
+    local: Option<Vec<T>>,
 }
 
-impl Lead<'_> {
+impl<T: Task, R: Results> Lead<'_, T, R> {
     /// In the end the others ask `left` times in all, and are told so often that there is no more.
-    fn run(
-        mut self,
-        mut left: usize,
-        write: &mut dyn FnMut(String, Answer) -> anyhow::Result<()>,
-    ) -> anyhow::Result<()> {
+    fn run(mut self, mut left: usize, results: &mut R) -> anyhow::Result<()> {
         loop {
             let mut idle = true;
             while let Some((rank, bytes)) = self.others.receive(None, false) {
                 idle = false;
-                if let Some(Done { index, answers }) = told(&bytes)? {
-                    self.answers.insert(index, answers);
+                if let Some(Done { index, settled }) = told(&bytes)? {
+                    self.settled.insert(index, settled);
                 }
                 self.asking.push_back(rank);
             }
             while let Some((index, answers)) = self.engine.take()? {
                 idle = false;
-                self.answers.insert(index, answers);
+                self.settled.insert(index, results.settle(answers)?);
             }
             idle &= !self.hand_out()?;
-            while let Some(answers) = self.answers.remove(&self.written) {
+            while let Some(settled) = self.settled.remove(&self.taken) {
                 idle = false;
-                let names = self.names.remove(&self.written).unwrap_or_default();
-                for (name, answer) in names.into_iter().zip(answers) {
-                    write(name, answer)?;
-                }
-                self.written += 1;
+                results.take(settled)?;
+                self.taken += 1;
             }
-            let finished = self.blocks.at_end && self.local.is_none() && self.written == self.next;
+            let finished = self.blocks.at_end && self.local.is_none() && self.taken == self.next;
             if finished && self.blocks.block.is_empty() {
                 while let Some(rank) = self.asking.pop_front() {
                     self.others.send(rank, b"null");
@@ -321,7 +386,7 @@ impl Lead<'_> {
     /// Hands out blocks to who wants some. Whether there were any.
     fn hand_out(&mut self) -> anyhow::Result<bool> {
         let mut any = false;
-        while self.next < self.written + self.window {
+        while self.next < self.taken + self.window {
             if !self.engine.is_hungry() && (self.asking.is_empty() || self.local.is_some()) {
                 break;
             }
@@ -329,33 +394,23 @@ impl Lead<'_> {
                 break;
             };
             any = true;
-            let paths: Option<Vec<Vec<u8>>> = block.iter().map(path_to_send).collect();
-            if paths.is_none() && !self.engine.is_hungry() {
-                self.local = Some(block);
-                break;
-            }
-            let names = block.iter().map(|found| match found {
-                Ok(input) => input.name(),
-                Err(InputError { name, .. }) => name.clone(),
-            });
-            self.names.insert(self.next, names.collect());
             let index = self.next;
-            self.next += 1;
             if self.engine.is_hungry() {
                 self.engine.give(index, block);
-            } else if let (Some(paths), Some(rank)) = (paths, self.asking.pop_front()) {
-                let job = Job { index, paths };
-                self.others.send(rank, &serde_json::to_vec(&Some(job))?);
+            } else {
+                let tasks: Option<Vec<Vec<u8>>> = block.iter().map(Task::to_bytes).collect();
+                let Some(tasks) = tasks else {
+                    self.local = Some(block);
+                    break;
+                };
+                let Some(rank) = self.asking.pop_front() else {
+                    break;
+                };
+                let job = Some(Job { index, tasks });
+                self.others.send(rank, &serde_json::to_vec(&job)?);
             }
+            self.next += 1;
         }
         Ok(any)
-    }
-}
-
-/// An image's path, where another process can read it.
-fn path_to_send(found: &Found) -> Option<Vec<u8>> {
-    match found {
-        Ok(Input::File(path)) => Some(bytes_of(path.clone())),
-        Ok(Input::Stdin) | Err(_) => None,
     }
 }

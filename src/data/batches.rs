@@ -1,5 +1,8 @@
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
 
 use super::cache::{Cache, Kept};
 use super::dataset::{Source, shuffle};
@@ -46,7 +49,7 @@ pub struct Batch {
 }
 
 /// A sample that cannot be read.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Skipped {
     pub name: String,
     pub reason: String,
@@ -56,10 +59,20 @@ pub struct Skipped {
 pub struct Batches {
     pipeline: Pipeline<(usize, Result<Vec<f32>, ImageError>)>,
     samples: Arc<[Sample]>,
-    /// Samples of each batch still to come.
-    sizes: std::vec::IntoIter<usize>,
+    sizes: Sizes,
     mixing: Option<Mixing>,
 }
+
+/// How many samples a batch has.
+enum Sizes {
+    /// Of each batch still to come.
+    Known(std::vec::IntoIter<usize>),
+    /// At most so many, of those that are there.
+    AtMost(usize),
+}
+
+/// How long a batch waits for samples that are still to be named.
+const PATIENCE: Duration = Duration::from_millis(20);
 
 /// What mixes the batches of one epoch.
 struct Mixing {
@@ -129,7 +142,7 @@ impl BatchPlan {
     /// # Errors
     /// Where threads cannot be started.
     pub fn training(&self, epoch: u64, first: usize) -> std::io::Result<Batches> {
-        let mut batches = self.start(self.training_samples(epoch, first), Some(epoch))?;
+        let mut batches = self.start_batches(self.training_samples(epoch, first), Some(epoch))?;
         batches.mixing = Some(Mixing {
             augmentation: self.augmentation,
             size: self.preprocessing.crop,
@@ -147,18 +160,43 @@ impl BatchPlan {
     pub fn evaluation(&self) -> std::io::Result<Batches> {
         let samples: Vec<usize> = self.share(self.samples.len()).collect();
         let batches = samples.chunks(self.batch_size).map(<[usize]>::to_vec);
-        self.start(batches.collect(), None)
+        self.start_batches(batches.collect(), None)
     }
 
-    fn start(&self, batches: Vec<Vec<usize>>, epoch: Option<u64>) -> std::io::Result<Batches> {
-        let plan = self.clone();
+    /// Samples as they are named, in that order, prepared as for classification. A batch that is not
+    /// full does not wait for long.
+    ///
+    /// # Errors
+    /// Where threads cannot be started.
+    pub fn as_named(
+        &self,
+        samples: impl Iterator<Item = usize> + Send + 'static,
+    ) -> std::io::Result<Batches> {
+        self.start(samples, Sizes::AtMost(self.batch_size), None)
+    }
+
+    fn start_batches(
+        &self,
+        batches: Vec<Vec<usize>>,
+        epoch: Option<u64>,
+    ) -> std::io::Result<Batches> {
         let sizes: Vec<usize> = batches.iter().map(Vec::len).collect();
         let order = batches.into_iter().flatten();
+        self.start(order, Sizes::Known(sizes.into_iter()), epoch)
+    }
+
+    fn start(
+        &self,
+        order: impl Iterator<Item = usize> + Send + 'static,
+        sizes: Sizes,
+        epoch: Option<u64>,
+    ) -> std::io::Result<Batches> {
+        let plan = self.clone();
         let work = move |index: usize, budget: &Budget| (index, plan.load(index, epoch, budget));
         Ok(Batches {
             pipeline: Pipeline::start(order, self.threads, work)?,
             samples: self.samples.clone(),
-            sizes: sizes.into_iter(),
+            sizes,
             mixing: None,
         })
     }
@@ -227,7 +265,10 @@ impl Iterator for Batches {
     type Item = Batch;
 
     fn next(&mut self) -> Option<Batch> {
-        let count = self.sizes.next()?;
+        let (count, patience) = match &mut self.sizes {
+            Sizes::Known(sizes) => (sizes.next()?, None),
+            Sizes::AtMost(count) => (*count, Some(PATIENCE)),
+        };
         let mut batch = Batch {
             pixels: Vec::new(),
             samples: Vec::with_capacity(count),
@@ -235,10 +276,12 @@ impl Iterator for Batches {
             own_share: None,
             skipped: Vec::new(),
         };
-        for _ in 0..count {
-            // Without a timeout there is no waiting.
-            let Next::Item((index, result)) = self.pipeline.next(None) else {
-                break;
+        for place in 0..count {
+            let wait = patience.filter(|_| place > 0);
+            let (index, result) = match self.pipeline.next(wait) {
+                Next::Item(item) => item,
+                Next::End if place == 0 => return None,
+                Next::End | Next::Waiting => break,
             };
             let sample = &self.samples[index];
             match result {

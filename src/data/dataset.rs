@@ -494,6 +494,27 @@ pub(super) fn split(
     (train, validation)
 }
 
+/// What tells labelled images from others: their classes, their names (those below `root` without it)
+/// and their labels, part by part (FNV-1a).
+pub fn fingerprint(root: &str, classes: &[String], parts: &[&[Sample]]) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut eat = |bytes: &[u8]| {
+        for byte in bytes.iter().chain(&[0]) {
+            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    };
+    classes.iter().for_each(|c| eat(c.as_bytes()));
+    for samples in parts {
+        eat(&samples.len().to_le_bytes());
+        for sample in *samples {
+            let name = sample.picture.name();
+            eat(name.strip_prefix(root).unwrap_or(&name).as_bytes());
+            eat(&sample.label.to_le_bytes());
+        }
+    }
+    hash
+}
+
 /// Every order is equally likely (Fisher and Yates).
 pub(crate) fn shuffle<T>(items: &mut [T], rng: &mut ChaCha8Rng) {
     for last in (1..items.len()).rev() {

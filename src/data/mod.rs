@@ -31,7 +31,7 @@ pub use batches::{Batch, BatchPlan, Batches, Skipped};
 pub use cache::{Cache, CacheLimit, default_cache_bytes};
 pub use cifar::CifarError;
 pub(crate) use dataset::shuffle;
-pub use dataset::{Dataset, DatasetError, Notices, Picture, Sample};
+pub use dataset::{Dataset, DatasetError, Notices, Picture, Sample, fingerprint};
 pub use decode::{Decoder, ImageError, Rgb, View, parse_color};
 pub use held::{ColourImages, EncodedImages, Images};
 pub use idx::{IdxError, IdxImages};

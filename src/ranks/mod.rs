@@ -14,6 +14,10 @@ use std::fmt;
 use std::ops::Range;
 use std::rc::Rc;
 
+/// What is wrong with data that ranks do not agree on.
+pub const RANKS_DIFFER: &str =
+    "the processes do not all see the same images there (give them one folder, or equal copies)";
+
 /// What processes that work together can do.
 pub trait Collectives {
     /// This process's number, and how many there are.
@@ -131,6 +135,12 @@ impl Ranks {
         } else {
             self.sum([0.0; N])
         }
+    }
+
+    /// Whether all ranks have the same number.
+    pub fn agree(&self, own: u64) -> bool {
+        let halves = [own >> 32, own & 0xffff_ffff].map(|half| half as f64);
+        !self.any(self.broadcast(halves) != halves)
     }
 
     /// Ends all processes at once, where there are others.

@@ -8,11 +8,14 @@ use std::path::Path;
 
 use serde::Deserialize;
 
+use super::ReportError;
+use super::shards::shards;
+
 /// The paths in a file of JSON lines. Held as hashes of 64 bits, so that a million take 16 MB.
 pub struct Earlier {
     paths: HashSet<u64>,
     hasher: RandomState,
-    /// The file's last line has no end: a run was cut off while it wrote it.
+    /// A file's last line has no end: a run was cut off while it wrote it.
     cut: bool,
 }
 
@@ -22,17 +25,30 @@ struct Line {
 }
 
 impl Earlier {
-    /// Reads results, those of images that failed too. A last line that is cut off does not count.
+    /// Reads the results in a file, or in the files of a folder of shards, those of images that failed
+    /// too. A last line that is cut off does not count.
     ///
     /// # Errors
-    /// Where the file cannot be read, or another line is no result: then its number is told.
-    pub fn read(path: &Path) -> io::Result<Self> {
-        let mut reader = BufReader::new(File::open(path)?);
+    /// Where a file cannot be read, or another line is no result: then its number is told.
+    pub fn read(path: &Path) -> Result<Self, ReportError> {
         let mut earlier = Self {
             paths: HashSet::new(),
             hasher: RandomState::new(),
             cut: false,
         };
+        let files = match path.is_dir() {
+            true => shards(path).map_err(|error| ReportError::io(path, error))?,
+            false => vec![path.to_path_buf()],
+        };
+        for file in files {
+            let read = earlier.add(&file);
+            read.map_err(|error| ReportError::io(&file, error))?;
+        }
+        Ok(earlier)
+    }
+
+    fn add(&mut self, path: &Path) -> io::Result<()> {
+        let mut reader = BufReader::new(File::open(path)?);
         let mut line = Vec::new();
         for number in 1.. {
             line.clear();
@@ -40,7 +56,7 @@ impl Earlier {
                 break;
             }
             if line.last() != Some(&b'\n') {
-                earlier.cut = true;
+                self.cut = true;
                 break;
             }
             if line.trim_ascii().is_empty() {
@@ -49,8 +65,8 @@ impl Earlier {
             // A line that was cut off, and then gone on from in a new one.
             match serde_json::from_slice::<Line>(&line) {
                 Ok(Line { path }) => {
-                    let hash = earlier.hasher.hash_one(&path);
-                    earlier.paths.insert(hash);
+                    let hash = self.hasher.hash_one(&path);
+                    self.paths.insert(hash);
                 }
                 Err(error) if error.is_eof() => {}
                 Err(error) => {
@@ -59,7 +75,7 @@ impl Earlier {
                 }
             }
         }
-        Ok(earlier)
+        Ok(())
     }
 
     /// Whether there is a result of that path.

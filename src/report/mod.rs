@@ -10,6 +10,7 @@ mod models;
 mod page;
 mod plot;
 mod run;
+mod shards;
 mod tensorboard;
 mod thumbnails;
 mod weights;
@@ -33,6 +34,7 @@ pub use models::{
 pub use page::{Balance, Epoch, Page};
 pub use plot::{Plot, PlotError, confusion_matrix};
 pub use run::{CONFUSION_FILE, REPORT_FILE, RunReport, remove_reports};
+pub use shards::{INDEX_FILE, Index, IndexEntry, Shard};
 pub use tensorboard::{EventFile, Setting, Step};
 pub use weights::{write_differences, write_kernels};
 

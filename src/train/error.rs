@@ -2,6 +2,7 @@ use std::io;
 
 use super::state::StateError;
 use crate::exec::cpu::PlanError;
+use crate::ranks::RANKS_DIFFER;
 
 /// Why a run ended early.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +45,8 @@ pub enum TrainError {
         "{path}: the images are not those that the run was started with (give the same data, or start afresh with --force)"
     )]
     OtherData { path: String },
+    #[error("{path}: {RANKS_DIFFER}")]
+    RanksDiffer { path: String },
     #[error(transparent)]
     State(#[from] StateError),
 }

@@ -26,7 +26,7 @@ use super::state::{Best, Progress, State, StateError, WEIGHTS};
 use super::team::{Exchange, Rows, first_ones, follow_first};
 use crate::data::{
     Augmentation, BatchPlan, Cache, CacheLimit, Dataset, Decoder, Purpose, Sample, Skipped,
-    generator,
+    fingerprint, generator,
 };
 use crate::exec::cpu::{Options, PlanError};
 use crate::exec::params::{Params, TensorMap, TensorSource};
@@ -87,8 +87,14 @@ impl Run {
         state: Option<&State>,
         observe: &mut dyn FnMut(Event),
     ) -> Result<End, TrainError> {
+        let fingerprint = self.fingerprint();
+        if !self.ranks.agree(fingerprint) {
+            return Err(TrainError::RanksDiffer {
+                path: self.settings.data,
+            });
+        }
         if let Some(state) = state {
-            if state.data_fingerprint != self.fingerprint() {
+            if state.data_fingerprint != format!("{fingerprint:016x}") {
                 return Err(TrainError::OtherData {
                     path: self.settings.data,
                 });
@@ -138,24 +144,14 @@ impl Run {
     }
 
     /// Everything of the data that decides what is learned.
-    fn fingerprint(&self) -> String {
-        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-        let mut eat = |bytes: &[u8]| {
-            for byte in bytes.iter().chain(&[0]) {
-                hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
-            }
-        };
-        self.dataset.classes.iter().for_each(|c| eat(c.as_bytes()));
-        for samples in [&self.dataset.train, &self.dataset.validation] {
-            eat(&samples.len().to_le_bytes());
-            for sample in samples {
-                let name = sample.picture.name();
-                let name = name.strip_prefix(&self.settings.data).unwrap_or(&name);
-                eat(name.as_bytes());
-                eat(&sample.label.to_le_bytes());
-            }
-        }
-        format!("{hash:016x}")
+    fn fingerprint(&self) -> u64 {
+        let Dataset {
+            classes,
+            train,
+            validation,
+            ..
+        } = &self.dataset;
+        fingerprint(&self.settings.data, classes, &[train, validation])
     }
 
     /// Of each image of the plan, at most `limit` bytes in all are kept.
@@ -232,7 +228,7 @@ impl Fitting {
         let began = Instant::now();
         let settings = &run.settings;
         let graph = run.model.architecture.graph(run.model.labels.len());
-        let fingerprint = run.fingerprint();
+        let fingerprint = format!("{:016x}", run.fingerprint());
         let size = [run.model.preprocessing.crop; 2];
         graph.shapes(size[0], size[1]).map_err(PlanError::from)?;
         let mut frozen =

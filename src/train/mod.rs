@@ -40,4 +40,3 @@ pub use schedule::{Schedule, Shape};
 pub use settings::{ClassWeights, HeadStart, LearningRate, Metric, Norms, OptimizerKind, Settings};
 pub use slices::Workers;
 pub use state::{Best, Progress, State, StateError};
-pub use team::Rows;

@@ -104,7 +104,7 @@ pub(super) fn first_ones(others: &dyn Collectives, tensor: &Tensor) -> Result<Te
 
 /// Values of samples (their logits, or their features), their classes, and which they are.
 #[derive(Default)]
-pub struct Rows {
+pub(super) struct Rows {
     pub values: Vec<f32>,
     /// As many, or none.
     pub mirrored: Vec<f32>,
