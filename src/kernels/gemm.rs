@@ -558,6 +558,10 @@ pub unsafe fn gemm(
     packed.isa.dispatch(product);
 }
 
+/// How many rows of a panel are asked for ahead of those that are multiplied: vectors of sixteen are used
+/// up faster than a processor fetches them by itself from its second-level cache.
+const AHEAD: usize = 8;
+
 /// Values of the widest panel: three vectors of sixteen.
 const WIDEST: usize = 48;
 
@@ -577,10 +581,12 @@ impl WithSimd for Product<'_> {
         for panel in self.panels {
             // SAFETY: the contract of `gemm`.
             unsafe {
-                match panel.vectors {
-                    1 => self.narrow_panel(simd, panel),
-                    2 => self.panel(simd, panel),
-                    _ => self.wide_panel(simd, panel),
+                match (panel.vectors, S::F32_LANES) {
+                    (1, _) => self.narrow_panel(simd, panel),
+                    (2, 16) => self.tall_panel(simd, panel),
+                    (2, _) => self.panel(simd, panel),
+                    (_, 16) => self.tall_wide_panel(simd, panel),
+                    (_, _) => self.wide_panel(simd, panel),
                 }
             }
         }
@@ -598,16 +604,16 @@ pub(super) fn tiles(count: usize, most: usize) -> [(usize, usize); 2] {
 
 /// All rows of one panel; the match is outside of the loop over tiles of a size.
 macro_rules! panel_in_tiles {
-    ($name:ident, $vectors:literal, most $most:literal, $($rows:literal)*) => {
+    ($name:ident, $vectors:literal, most $most:literal, $($top:literal + $below:literal)*) => {
         #[inline(always)]
         unsafe fn $name<S: Simd>(&self, simd: S, panel: &Panel) {
             let mut row = 0;
             for (size, times) in tiles(self.rows.inputs.len(), $most) {
                 match size {
-                    $($rows => for _ in 0..times {
+                    $(size if size == $top + $below => for _ in 0..times {
                         // SAFETY: tiles cover the rows; the rest is the contract of `gemm`.
-                        unsafe { self.tile::<S, $rows, $vectors>(simd, panel, row) };
-                        row += $rows;
+                        unsafe { self.tile::<S, $top, $below, $vectors>(simd, panel, row) };
+                        row += $top + $below;
                     },)*
                     _ => {}
                 }
@@ -617,12 +623,20 @@ macro_rules! panel_in_tiles {
 }
 
 impl Product<'_> {
-    panel_in_tiles!(narrow_panel, 1, most 12, 1 2 3 4 5 6 7 8 9 10 11 12);
-    panel_in_tiles!(panel, 2, most 6, 1 2 3 4 5 6);
-    panel_in_tiles!(wide_panel, 3, most 3, 1 2 3);
+    panel_in_tiles!(narrow_panel, 1, most 12,
+        1 + 0 2 + 0 3 + 0 4 + 0 5 + 0 6 + 0 6 + 1 6 + 2 6 + 3 6 + 4 6 + 5 6 + 6);
+    panel_in_tiles!(panel, 2, most 6, 1 + 0 2 + 0 3 + 0 4 + 0 5 + 0 6 + 0);
+    panel_in_tiles!(wide_panel, 3, most 3, 1 + 0 2 + 0 3 + 0);
+    // Vectors of sixteen come with twice as many registers.
+    panel_in_tiles!(tall_panel, 2, most 12,
+        1 + 0 2 + 0 3 + 0 4 + 0 5 + 0 6 + 0 6 + 1 6 + 2 6 + 3 6 + 4 6 + 5 6 + 6);
+    panel_in_tiles!(tall_wide_panel, 3, most 8,
+        1 + 0 2 + 0 3 + 0 4 + 0 4 + 1 4 + 2 4 + 3 4 + 4);
 
+    /// `TOP` rows and `BELOW` more: in two parts, since the compiler leaves long loops over sums as they are,
+    /// and then keeps no sum in a register.
     #[inline(always)]
-    unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(
+    unsafe fn tile<S: Simd, const TOP: usize, const BELOW: usize, const NV: usize>(
         &self,
         simd: S,
         panel: &Panel,
@@ -632,31 +646,47 @@ impl Product<'_> {
         let run = self.packed.depth / self.taps.len();
         // SAFETY: the contract of `gemm`; the panel holds depth x NV vectors.
         unsafe {
-            self.prefetch::<MR>(panel, row, NV * lanes);
+            self.prefetch::<TOP>(panel, row, NV * lanes);
+            self.prefetch::<BELOW>(panel, row + TOP, NV * lanes);
             let bias = self.bias::<S, NV>(simd, panel);
-            let mut sums = [bias; MR];
+            let mut top = [bias; TOP];
+            let mut below = [bias; BELOW];
             let mut weights = self.packed.pointer().add(panel.offset);
             let inputs = self.rows.inputs.as_ptr().add(row);
             for &tap in self.taps {
-                let mut pixels = [std::ptr::null::<f32>(); MR];
-                for (r, pixel) in pixels.iter_mut().enumerate() {
+                let mut top_pixels = [std::ptr::null::<f32>(); TOP];
+                for (r, pixel) in top_pixels.iter_mut().enumerate() {
                     *pixel = (*inputs.add(r)).add(tap);
+                }
+                let mut pixels_below = [std::ptr::null::<f32>(); BELOW];
+                for (r, pixel) in pixels_below.iter_mut().enumerate() {
+                    *pixel = (*inputs.add(TOP + r)).add(tap);
                 }
                 for k in 0..run {
                     let mut columns = [simd.splat_f32s(0.0); NV];
                     for (v, column) in columns.iter_mut().enumerate() {
                         *column = load::<S>(weights.add(v * lanes));
+                        if lanes == 16 {
+                            prefetch(weights.wrapping_add((v + AHEAD * NV) * lanes), lanes);
+                        }
                     }
                     weights = weights.add(NV * lanes);
-                    for r in 0..MR {
-                        let value = simd.splat_f32s(*pixels[r].add(k));
+                    for r in 0..TOP {
+                        let value = simd.splat_f32s(*top_pixels[r].add(k));
                         for v in 0..NV {
-                            sums[r][v] = simd.mul_add_e_f32s(value, columns[v], sums[r][v]);
+                            top[r][v] = simd.mul_add_e_f32s(value, columns[v], top[r][v]);
+                        }
+                    }
+                    for r in 0..BELOW {
+                        let value = simd.splat_f32s(*pixels_below[r].add(k));
+                        for v in 0..NV {
+                            below[r][v] = simd.mul_add_e_f32s(value, columns[v], below[r][v]);
                         }
                     }
                 }
             }
-            self.finish::<S, MR, NV>(simd, panel, row, sums);
+            self.finish::<S, TOP, NV>(simd, panel, row, top);
+            self.finish::<S, BELOW, NV>(simd, panel, row + TOP, below);
         }
     }
 
