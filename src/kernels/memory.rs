@@ -3,7 +3,7 @@
 
 use std::ops::{Deref, Range};
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// A block of zeroed memory that grows, in large pages where the system has them.
 #[derive(Default)]
@@ -18,6 +18,32 @@ unsafe impl Sync for Buffer {}
 
 /// Large pages begin at multiples of this, and blocks of at least as much do too.
 const LARGE_PAGE: usize = 2 << 20;
+
+/// Values that a core's second-level cache holds, as the processor tells; else as small ones are: 512 KiB.
+pub fn second_level_values() -> usize {
+    static VALUES: OnceLock<usize> = OnceLock::new();
+    *VALUES.get_or_init(|| {
+        #[cfg(target_arch = "x86_64")]
+        let kib = {
+            use std::arch::x86_64::__cpuid;
+            const LAST: u32 = 0x8000_0000;
+            const CACHES: u32 = 0x8000_0006;
+            if __cpuid(LAST).eax >= CACHES {
+                __cpuid(CACHES).ecx >> 16
+            } else {
+                0
+            }
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let kib = 0;
+        let kib = if (256..=4096).contains(&kib) {
+            kib
+        } else {
+            512
+        };
+        kib as usize * 1024 / size_of::<f32>()
+    })
+}
 
 impl Buffer {
     /// Makes room for `len` values, zeros; what the buffer held is lost where it grows.

@@ -12,7 +12,7 @@ use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::{Epilogue, Packed, Rows, Store, gemm};
 use crate::kernels::grouped::Grouped;
 use crate::kernels::grouped_strip::GroupedStrip;
-use crate::kernels::memory::Buffer;
+use crate::kernels::memory::{Buffer, second_level_values};
 use crate::kernels::pool::{Reduction, average, pool};
 use crate::kernels::winograd::{self, Winograd};
 use crate::kernels::{Dims, Isa, Source, Target, Window, attention, elementwise, norm};
@@ -135,8 +135,6 @@ thread_local! {
 
 /// About how many tasks a step is divided into, where it is large enough.
 const TASKS: usize = 8;
-/// Left-side values of a product's task: they stay in the second-level cache while panels pass.
-const BLOCK_VALUES: usize = 48 << 10;
 /// Scratch values of the Winograd tiles that a worker has in hand: they stay in its second-level cache.
 const WORKER_VALUES: usize = 160 << 10;
 /// Winograd tiles that a worker takes at least, as weights are read again for each lot of them.
@@ -501,7 +499,9 @@ impl Run<'_> {
         // Of a task, in products of a row and a panel's column of vectors.
         const OVERHEAD: usize = 4_000;
         let threads = self.threads.threads();
-        let most = (BLOCK_VALUES / depth).clamp(4 * TILE, 40 * TILE);
+        // They stay in the second-level cache while panels pass.
+        let block_values = second_level_values() * 3 / 8;
+        let most = (block_values / depth).clamp(4 * TILE, 40 * TILE);
         let fewest_blocks = rows.div_ceil(most);
         let mut best = (usize::MAX, (rows, panels));
         for blocks in fewest_blocks..fewest_blocks + 2 * threads {
