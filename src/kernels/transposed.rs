@@ -3,8 +3,9 @@
 //!
 //! Both sides are packed into panels of sixteen columns, all rows of a panel one after the other:
 //! however far apart the rows were in memory, the product walks through both panels line by line.
-//! A tile of six by sixteen outputs stays in registers while the rows of a chunk pass; chunks are
-//! such that a panel of the right side stays in the first-level cache. Each output is a sum over
+//! A tile of six by sixteen outputs (eight by thirty-two, with vectors of sixteen) stays in registers
+//! while the rows of a chunk pass; chunks are such that a panel of the right side, or two, stay in the
+//! first-level cache. Each output is a sum over
 //! chunks of chains of fused multiply-adds, in the order of the rows.
 
 use std::ops::Range;
@@ -115,11 +116,17 @@ impl WithSimd for Product {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        for start in self.n.clone().step_by(PANEL) {
+        let mut start = self.n.start;
+        while start < self.n.end {
             let columns = (self.n.end - start).min(PANEL);
-            // SAFETY: the contract of `product`; as many vectors as a panel has, or fewer.
+            // SAFETY: the contract of `product`; as many vectors as a panel has, or fewer; two panels
+            // where there are two.
             unsafe {
                 match (S::F32_LANES, columns.div_ceil(S::F32_LANES)) {
+                    (16, _) if self.n.end - start > PANEL => {
+                        self.panel::<S, 2>(simd, start);
+                        start += PANEL;
+                    }
                     (16, _) | (8, 1) | (4, 1) => self.panel::<S, 1>(simd, start),
                     (8, _) | (4, 2) => self.panel::<S, 2>(simd, start),
                     (4, 3) => self.panel::<S, 3>(simd, start),
@@ -130,6 +137,7 @@ impl WithSimd for Product {
                     }
                 }
             }
+            start += PANEL;
         }
     }
 }
@@ -170,7 +178,8 @@ impl Product {
             for _ in 0..self.rows {
                 let mut columns = [simd.splat_f32s(0.0); NV];
                 for (v, column) in columns.iter_mut().enumerate() {
-                    *column = load::<S>(z.add(v * lanes));
+                    let (panel, column_there) = (v * lanes / PANEL, v * lanes % PANEL);
+                    *column = load::<S>(z.add(panel * self.z.stride + column_there));
                 }
                 for (r, sums) in sums.iter_mut().enumerate() {
                     let value = simd.splat_f32s(*a.add(r));
