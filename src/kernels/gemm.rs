@@ -127,73 +127,26 @@ impl Packed {
         place.store(values, Ordering::Relaxed);
     }
 
-    /// Fills a panel in memory that was lent: `fill(row, first column, values)` for each row.
+    /// The first of a panel's columns and how many there are, and where its rows are in memory that was
+    /// lent; what is behind the columns of the last panel becomes zero.
     ///
     /// # Safety
     /// Behind the pointer that was lent lie [`Packed::values_len`] values, and nobody else touches those
     /// of the panel.
-    pub unsafe fn fill_panel(&self, panel: usize, fill: impl Fn(usize, usize, &mut [f32])) {
-        // SAFETY: as the caller promises.
-        let (panel, width, to) = unsafe { self.lent_panel(panel) };
-        for (row, to) in to.chunks_exact_mut(width).enumerate() {
-            let (to, padding) = to.split_at_mut(panel.columns);
-            fill(row, panel.start, to);
-            padding.fill(0.0);
-        }
-    }
-
-    /// The same with rows `first..` of a convolution's weights, which are `[outputs, inputs,
-    /// area]` as PyTorch has them; the product's rows are `[area, inputs]`.
-    ///
-    /// # Safety
-    /// As [`Packed::fill_panel`].
-    pub unsafe fn fill_panel_of_convolution(
-        &self,
-        panel: usize,
-        weight: &[f32],
-        [inputs, area]: [usize; 2],
-        first: usize,
-    ) {
-        // Of an output at a time: lines that are read, and lines that are written, stay in the
-        // cache.
-        const BLOCK: usize = 64;
-        // SAFETY: as the caller promises.
-        let (panel, width, to) = unsafe { self.lent_panel(panel) };
-        for start in (0..self.depth).step_by(BLOCK) {
-            let end = (start + BLOCK).min(self.depth);
-            for column in 0..width {
-                let rows = to[start * width..end * width].chunks_exact_mut(width);
-                if column >= panel.columns {
-                    rows.for_each(|row| row[column] = 0.0);
-                    continue;
-                }
-                let from = &weight[(panel.start + column) * inputs * area..][..inputs * area];
-                if area == 1 {
-                    let from = &from[first + start..];
-                    rows.zip(from).for_each(|(row, &v)| row[column] = v);
-                    continue;
-                }
-                for (row, at) in rows.zip(first + start..) {
-                    row[column] = from[at % inputs * area + at / inputs];
-                }
-            }
-        }
-    }
-
-    /// A panel, its width, and its values.
-    ///
-    /// # Safety
-    /// As [`Packed::fill_panel`].
-    #[allow(clippy::mut_from_ref)] // the contract makes the panel the caller's own
-    unsafe fn lent_panel(&self, panel: usize) -> (&Panel, usize, &mut [f32]) {
+    pub unsafe fn lent_rows(&self, panel: usize, rows: &mut Vec<*mut f32>) -> Range<usize> {
         let panel = &self.panels[panel];
         let width = panel.vectors * self.isa.lanes();
-        // SAFETY: as the caller promises.
-        let values = unsafe {
-            let start = self.pointer().add(panel.offset).cast_mut();
-            std::slice::from_raw_parts_mut(start, self.depth * width)
-        };
-        (panel, width, values)
+        for row in 0..self.depth {
+            // SAFETY: values of the panel, as the caller promises.
+            unsafe {
+                let start = self.pointer().add(panel.offset + row * width).cast_mut();
+                start
+                    .add(panel.columns)
+                    .write_bytes(0, width - panel.columns);
+                rows.push(start);
+            }
+        }
+        panel.start..panel.start + panel.columns
     }
 
     /// As [`Packed::new`], with values that [`Packed::store`] brings later.

@@ -215,28 +215,34 @@ impl Product {
             .sum()
     }
 
-    /// Packs the weights of some products into a value: `fill(product, first row, part, panel)`.
+    /// Packs the weights of some products into a value: `fill(product, columns, rows)` writes some columns
+    /// of all rows, which begin at those pointers.
     fn pack(
         products: &[&Self],
         memory: &Memory,
         place: ValueId,
-        fill: impl Fn(usize, usize, &Packed, usize) + Sync,
+        fill: impl Fn(usize, Range<usize>, &[*mut f32]) + Sync,
     ) {
         // SAFETY: the value is this step's own.
         let mut values = unsafe { memory.part(place, 0, memory.values(place).len()) };
         let mut tasks = Vec::new();
         for (index, product) in products.iter().enumerate() {
-            for (start, packed) in &product.parts {
+            for (_, packed) in &product.parts {
                 let (own, rest) = std::mem::take(&mut values).split_at_mut(packed.values_len());
                 packed.lend(own.as_mut_ptr());
                 values = rest;
-                let panels = 0..packed.panel_count();
-                tasks.extend(panels.map(|panel| (index, *start, packed, panel)));
             }
+            let panels = product.parts.first().map_or(0, |(_, p)| p.panel_count());
+            tasks.extend((0..panels).map(|panel| (index, panel)));
         }
         memory.pool.run(tasks.len(), |task| {
-            let (index, start, packed, panel) = tasks[task];
-            fill(index, start, packed, panel);
+            let (index, panel) = tasks[task];
+            let (mut rows, mut columns) = (Vec::new(), 0..0);
+            for (_, packed) in &products[index].parts {
+                // SAFETY: each panel is one task's.
+                columns = unsafe { packed.lent_rows(panel, &mut rows) };
+            }
+            fill(index, columns, &rows);
         });
     }
 
@@ -271,8 +277,8 @@ const STRIP_VALUES: usize = 64 << 10;
 /// Weights that the second-level cache holds.
 const CACHED_WEIGHTS: usize = 256 << 10;
 /// Pixels of a batch from which more weights than that, several times as many once they are transformed,
-/// cost less than the products that they save: twelve images of 7 x 7 pixels.
-const WINOGRAD_PIXELS: usize = 600;
+/// cost less than the products that they save: sixteen images of 7 x 7 pixels are not enough.
+const WINOGRAD_PIXELS: usize = 800;
 const WINOGRAD_VALUES: usize = 128 << 10;
 /// Rows of a weight gradient that a task computes from panels.
 const PART_ROWS: usize = 8 * PANEL;
@@ -632,13 +638,27 @@ impl Layer {
         };
         let weight = self.scaled(weight);
         let [kh, kw] = self.window.kernel;
+        let area = kh * kw;
         let ins = self.input.c / self.conv.groups;
         let each = weight.len() / self.conv.groups;
         let products: Vec<&Product> = groups.iter().collect();
-        Product::pack(&products, memory, *place, |group, start, packed, panel| {
+        Product::pack(&products, memory, *place, |group, columns, rows| {
+            // Of a few values of each output at a time: lines that are read, and lines that are written,
+            // stay in the cache.
+            const BLOCK: usize = 16;
             let weight = &weight[group * each..][..each];
-            // SAFETY: each panel is one task's.
-            unsafe { packed.fill_panel_of_convolution(panel, weight, [ins, kh * kw], start) };
+            // The product's rows are `[area, inputs]`, an output's weights `[inputs, area]`.
+            let places = |i: usize| (0..area).map(move |tap| rows[tap * ins + i]);
+            let places: Vec<*mut f32> = (0..ins).flat_map(places).collect();
+            for (block, places) in places.chunks(BLOCK).enumerate() {
+                for (place, column) in columns.clone().enumerate() {
+                    let from = &weight[column * ins * area + block * BLOCK..][..places.len()];
+                    for (to, &value) in places.iter().zip(from) {
+                        // SAFETY: a column of the panel's.
+                        unsafe { *to.add(place) = value };
+                    }
+                }
+            }
         });
     }
 
@@ -661,24 +681,27 @@ impl Layer {
             .flat_map(of_phase)
             .collect();
         let products: Vec<&Product> = places.iter().map(|&(p, group)| &p.groups[group]).collect();
-        let fill = |index: usize, start: usize, packed: &Packed, panel: usize| {
+        let fill = |index: usize, columns: Range<usize>, rows: &[*mut f32]| {
             let (phase, group) = places[index];
             let [ty, tx] = phase.taps;
-            let fill = |row: usize, first: usize, to: &mut [f32]| {
-                let (tap, o) = ((start + row) / outs, (start + row) % outs);
-                let from = &weight[((group * outs + o) * ins + first) * area..];
-                if area == 1 {
-                    to.copy_from_slice(&from[..to.len()]);
-                    return;
+            for o in 0..outs {
+                let from = &weight[((group * outs + o) * ins + columns.start) * area..];
+                let from = &from[..columns.len() * area];
+                for tap in 0..ty * tx {
+                    let (y, x) = (tap / tx, tap % tx);
+                    let (ky, kx) = (phase.y + (ty - 1 - y) * s, phase.x + (tx - 1 - x) * s);
+                    // SAFETY: columns of the panel.
+                    let to = unsafe {
+                        std::slice::from_raw_parts_mut(rows[tap * outs + o], columns.len())
+                    };
+                    if area == 1 {
+                        to.copy_from_slice(from);
+                        continue;
+                    }
+                    let from = from[ky * kw + kx..].iter().step_by(area);
+                    to.iter_mut().zip(from).for_each(|(to, &value)| *to = value);
                 }
-                let (y, x) = (tap / tx, tap % tx);
-                let (ky, kx) = (phase.y + (ty - 1 - y) * s, phase.x + (tx - 1 - x) * s);
-                for (to, from) in to.iter_mut().zip(from.chunks_exact(area)) {
-                    *to = from[ky * kw + kx];
-                }
-            };
-            // SAFETY: each panel is one task's.
-            unsafe { packed.fill_panel(panel, fill) };
+            }
         };
         Product::pack(&products, memory, input.place, fill);
     }
