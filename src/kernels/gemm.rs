@@ -76,16 +76,31 @@ impl Packed {
         }
     }
 
-    /// Other values in the place of a row's.
-    pub fn set_row(&mut self, row: usize, row_values: &[f32]) {
+    /// Other values in some rows from `first` on, and `count` columns from `column` on.
+    pub fn set_rows<const N: usize>(
+        &mut self,
+        first: usize,
+        column: usize,
+        rows: &[[f32; N]],
+        count: usize,
+    ) {
         let Values::Own(values) = &mut self.values else {
             unreachable!("weights that change are not kept in a slab");
         };
         let lanes = self.isa.lanes();
-        for panel in &self.panels {
-            let from = &row_values[panel.start..][..panel.columns];
-            let to = panel.offset + row * panel.vectors * lanes;
-            values[to..to + panel.columns].copy_from_slice(from);
+        let before = |panel: &&Panel| panel.start + panel.columns <= column;
+        for panel in self.panels.iter().skip_while(before) {
+            let start = panel.start.max(column);
+            let end = (panel.start + panel.columns).min(column + count);
+            if start >= end {
+                break;
+            }
+            let width = panel.vectors * lanes;
+            let to = panel.offset + first * width + start - panel.start;
+            let to = values[to..].chunks_mut(width);
+            for (row, to) in rows.iter().zip(to) {
+                to[..end - start].copy_from_slice(&row[start - column..end - column]);
+            }
         }
     }
 

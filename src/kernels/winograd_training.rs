@@ -336,39 +336,58 @@ impl Finish<'_> {
     }
 }
 
-/// Outputs that are transformed at a time.
+/// Columns and rows of weights that are transformed at a time.
 const LINE: usize = 16;
+const ROWS: usize = 8;
 
 /// Transforms weights `[outputs, inputs, 3, 3]` into the products of every frequency. With `turned`
 /// the kernel is turned round, and what was an output is what goes in.
 pub fn load_weights(isa: Isa, weight: &[f32], turned: bool, weights: &mut [Packed]) {
-    let tile = if weights.len() == 36 { 6 } else { 4 };
-    let g: Vec<[f32; 3]> = kernel_transform(tile)
-        .into_iter()
-        .map(|row| row.map(|v| v as f32))
-        .collect();
+    match weights.len() {
+        36 => load_tiles::<6>(isa, weight, turned, weights),
+        _ => load_tiles::<4>(isa, weight, turned, weights),
+    }
+}
+
+fn load_tiles<const T: usize>(isa: Isa, weight: &[f32], turned: bool, weights: &mut [Packed]) {
+    let mut g = [[0.0_f32; 3]; T];
+    for (to, row) in g.iter_mut().zip(kernel_transform(T)) {
+        *to = row.map(|v| v as f32);
+    }
     let depth = weights[0].depth();
     let columns = weight.len() / 9 / depth;
-    let mut transformed = vec![0.0; weights.len() * columns];
-    for row in 0..depth {
+    let inputs = if turned { columns } else { depth };
+    // The products of all frequencies begin in the same set of the cache: a few rows of each are written
+    // one after the other.
+    let mut transformed = [[[[0.0_f32; LINE]; ROWS]; T]; T];
+    // In the order in which weights lie there.
+    let (lines, blocks) = (columns.div_ceil(LINE), depth.div_ceil(ROWS));
+    for index in 0..lines * blocks {
+        let (line, block) = match turned {
+            false => (index / blocks, index % blocks),
+            true => (index % lines, index / lines),
+        };
+        let (start, first) = (line * LINE, block * ROWS);
+        let (width, rows) = (LINE.min(columns - start), ROWS.min(depth - first));
         isa.compiled(
             #[inline(always)]
             || {
-                for start in (0..columns).step_by(LINE) {
-                    let width = LINE.min(columns - start);
+                for row in 0..rows {
                     let mut taps = [[0.0_f32; LINE]; 9];
-                    for column in 0..width {
-                        let (o, i) = match turned {
-                            false => (start + column, row),
-                            true => (row, start + column),
-                        };
-                        let inputs = if turned { columns } else { depth };
-                        let kernel = &weight[(o * inputs + i) * 9..][..9];
-                        for (tap, &value) in kernel.iter().enumerate() {
-                            taps[if turned { 8 - tap } else { tap }][column] = value;
+                    let (at, step) = match turned {
+                        false => (start * inputs + first + row, inputs),
+                        true => ((first + row) * inputs + start, 1),
+                    };
+                    let kernels = weight[at * 9..].chunks(step * 9).take(width);
+                    for (column, kernel) in kernels.enumerate() {
+                        for tap in 0..9 {
+                            taps[tap][column] = kernel[tap];
                         }
                     }
-                    for (fy, gy) in g.iter().enumerate() {
+                    if turned {
+                        taps.reverse();
+                    }
+                    for (gy, lines) in g.iter().zip(&mut transformed) {
                         let mut half = [[0.0_f32; LINE]; 3];
                         for kx in 0..3 {
                             for l in 0..LINE {
@@ -377,22 +396,19 @@ pub fn load_weights(isa: Isa, weight: &[f32], turned: bool, weights: &mut [Packe
                                     + gy[2] * taps[6 + kx][l];
                             }
                         }
-                        for (fx, gx) in g.iter().enumerate() {
-                            let mut line = [0.0_f32; LINE];
+                        for (gx, lines) in g.iter().zip(lines) {
+                            let line = &mut lines[row];
                             for l in 0..LINE {
                                 line[l] =
                                     gx[0] * half[0][l] + gx[1] * half[1][l] + gx[2] * half[2][l];
                             }
-                            let to =
-                                &mut transformed[(fy * tile + fx) * columns + start..][..width];
-                            to.copy_from_slice(&line[..width]);
                         }
                     }
                 }
             },
         );
-        for (packed, values) in weights.iter_mut().zip(transformed.chunks_exact(columns)) {
-            packed.set_row(row, values);
+        for (packed, values) in weights.iter_mut().zip(transformed.as_flattened()) {
+            packed.set_rows(first, start, &values[..rows], width);
         }
     }
 }

@@ -6,6 +6,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::ffi::c_void;
+use std::mem::MaybeUninit;
 
 use mpi::collective::SystemOperation;
 use mpi::environment::Universe;
@@ -40,7 +41,7 @@ const SUMMED: usize = 256 << 10;
 
 /// A sum that was begun: MPI writes to it until it is done.
 struct Sum {
-    _own: Vec<f32>,
+    own: Vec<f32>,
     total: Vec<f32>,
     /// One for each part.
     requests: Vec<Cell<ffi::MPI_Request>>,
@@ -114,9 +115,10 @@ impl Collectives for World {
     }
 
     fn begin_sum(&self, values: Vec<f32>) {
-        let mut total = vec![0.0; values.len()];
-        let parts = values.chunks(SUMMED).zip(total.chunks_mut(SUMMED));
-        let begin = |(own, total): (&[f32], &mut [f32])| {
+        let mut total = Vec::with_capacity(values.len());
+        let room = &mut total.spare_capacity_mut()[..values.len()];
+        let parts = values.chunks(SUMMED).zip(room.chunks_mut(SUMMED));
+        let begin = |(own, total): (&[f32], &mut [MaybeUninit<f32>])| {
             // SAFETY: a constant of MPI's.
             let request = Cell::new(unsafe { ffi::RSMPI_REQUEST_NULL });
             // SAFETY: both hold so many values, in vectors whose values stay where they are until the
@@ -136,7 +138,7 @@ impl Collectives for World {
         };
         let requests = parts.map(begin).collect();
         self.sums.borrow_mut().push(Sum {
-            _own: values,
+            own: values,
             total,
             requests,
         });
@@ -151,11 +153,14 @@ impl Collectives for World {
 
     fn sums(&self) -> Vec<Vec<f32>> {
         let sums = std::mem::take(&mut *self.sums.borrow_mut());
-        let wait = |sum: Sum| {
+        let wait = |mut sum: Sum| {
             for request in &sum.requests {
                 is_done(request, true);
             }
-            sum.total
+            let mut total = std::mem::take(&mut sum.total);
+            // SAFETY: every value is written by now.
+            unsafe { total.set_len(sum.own.len()) };
+            total
         };
         sums.into_iter().map(wait).collect()
     }

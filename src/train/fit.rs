@@ -218,6 +218,14 @@ pub(super) struct Fitting {
     pub(super) heeds_clock: bool,
 }
 
+fn learned(loss: f64, correct: f64, images: f64) -> Learned {
+    Learned {
+        loss,
+        correct: correct as u64,
+        images: images as u64,
+    }
+}
+
 impl Fitting {
     /// None where it was asked to stop meanwhile.
     fn start(
@@ -565,7 +573,7 @@ impl Fitting {
             })?;
         }
         let logits = self.step.forward(&batch.tensor, dropout)?;
-        let (mut loss, mut at_logits, mut correct) = if absent {
+        let (mut loss, mut at_logits, correct) = if absent {
             (0.0, logits.zeros_like()?, 0.0)
         } else {
             let (loss, at_logits) = self.loss.loss(&logits, targets)?;
@@ -578,15 +586,9 @@ impl Fitting {
         if ranks.are_several() {
             let share = shares[ranks.rank()] / shares.iter().sum::<f64>();
             at_logits = (at_logits * share)?;
-            [loss, correct] = ranks.sum([loss * share, correct]);
-        }
-        let learned = Learned {
-            loss,
-            correct: correct as u64,
-            images: total as u64,
-        };
-        if !loss.is_finite() {
-            return Ok(learned);
+            loss *= share;
+        } else if !loss.is_finite() {
+            return Ok(learned(loss, correct, total));
         }
         let workers = &self.workers;
         let accumulates = self.run.settings.accumulate > 1;
@@ -614,7 +616,9 @@ impl Fitting {
         if let Some(exchange) = exchange {
             exchange.finish(gradients, &self.run.device)?;
         }
-        Ok(learned)
+        // Last, when the gradients' sums have made the ranks wait for each other anyway.
+        let [loss, correct] = ranks.sum([loss, correct]);
+        Ok(learned(loss, correct, total))
     }
 
     /// Puts the sums over all ranks in the place of gradients.

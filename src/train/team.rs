@@ -38,6 +38,10 @@ impl<'a> Exchange<'a> {
             self.begin();
         }
         let bucket = &mut self.bucket;
+        if bucket.is_empty() {
+            // At once: to grow is to copy.
+            bucket.reserve_exact(gradient.elem_count().max(2 * BUCKET));
+        }
         if absent {
             bucket.resize(bucket.len() + gradient.elem_count(), 0.0);
         } else {
