@@ -26,7 +26,7 @@ const WINDOW: usize = 64;
 /// How long a block that is not full waits for another image.
 const PATIENCE: Duration = Duration::from_millis(20);
 /// How long a thread sleeps that has nothing to do.
-const NAP: Duration = Duration::from_micros(200);
+const NAP: Duration = Duration::from_millis(2);
 
 /// What is handed out.
 pub trait Task: Sized + Send + 'static {
