@@ -3,9 +3,9 @@
 //! The right side (the weights) is packed once into panels: a few vectors of columns, all rows of
 //! them one after the other. The left side is never packed. A row of it is a pixel: a pointer and
 //! `taps`, the places behind it where runs of `depth` values begin; for a 3x3 convolution three
-//! runs of three pixels each. A tile of six rows and a panel is held in registers while the whole
-//! depth passes, so that each output is one chain of fused multiply-adds in the order of the
-//! depth, whatever tile it is in: its bits depend on nothing else.
+//! runs of three pixels each. A tile of six rows (twelve, where vectors are of sixteen values) and a
+//! panel is held in registers while the whole depth passes, so that each output is one chain of fused
+//! multiply-adds in the order of the depth, whatever tile it is in: its bits depend on nothing else.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicPtr, Ordering};
