@@ -76,34 +76,6 @@ impl Packed {
         }
     }
 
-    /// Other values in some rows from `first` on, and `count` columns from `column` on.
-    pub fn set_rows<const N: usize>(
-        &mut self,
-        first: usize,
-        column: usize,
-        rows: &[[f32; N]],
-        count: usize,
-    ) {
-        let Values::Own(values) = &mut self.values else {
-            unreachable!("weights that change are not kept in a slab");
-        };
-        let lanes = self.isa.lanes();
-        let before = |panel: &&Panel| panel.start + panel.columns <= column;
-        for panel in self.panels.iter().skip_while(before) {
-            let start = panel.start.max(column);
-            let end = (panel.start + panel.columns).min(column + count);
-            if start >= end {
-                break;
-            }
-            let width = panel.vectors * lanes;
-            let to = panel.offset + first * width + start - panel.start;
-            let to = values[to..].chunks_mut(width);
-            for (row, to) in rows.iter().zip(to) {
-                to[..end - start].copy_from_slice(&row[start - column..end - column]);
-            }
-        }
-    }
-
     /// Other values in the place of the old ones, `value(row, column)` each.
     pub fn refill(&mut self, value: impl Fn(usize, usize) -> f32) {
         let Values::Own(values) = &mut self.values else {
@@ -162,6 +134,46 @@ impl Packed {
             }
         }
         panel.start..panel.start + panel.columns
+    }
+
+    /// Writes some rows from `first` on, and `count` columns from `column` on, to memory that was lent.
+    ///
+    /// # Safety
+    /// Behind the pointer that was lent lie [`Packed::values_len`] values, and nobody else touches those
+    /// rows of those columns.
+    #[inline(always)]
+    pub unsafe fn set_lent<const N: usize>(
+        &self,
+        first: usize,
+        column: usize,
+        rows: &[[f32; N]],
+        count: usize,
+    ) {
+        assert!(first + rows.len() <= self.depth && count <= N);
+        let lanes = self.isa.lanes();
+        let before = |panel: &&Panel| panel.start + panel.columns <= column;
+        for panel in self.panels.iter().skip_while(before) {
+            let start = panel.start.max(column);
+            let end = (panel.start + panel.columns).min(column + count);
+            if start >= end {
+                break;
+            }
+            let width = panel.vectors * lanes;
+            // SAFETY: rows of the panel, as the caller promises.
+            unsafe {
+                let to = self.pointer().cast_mut();
+                let mut to = to.add(panel.offset + first * width + start - panel.start);
+                for row in rows {
+                    if end - start == N {
+                        to.cast::<[f32; N]>().write_unaligned(*row);
+                    } else {
+                        let from = &row[start - column..end - column];
+                        to.copy_from_nonoverlapping(from.as_ptr(), from.len());
+                    }
+                    to = to.add(width);
+                }
+            }
+        }
     }
 
     /// As [`Packed::new`], with values that [`Packed::store`] brings later.

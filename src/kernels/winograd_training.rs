@@ -10,10 +10,14 @@
 use pulp::{Simd, WithSimd};
 
 use super::gemm::{Epilogue, Packed, Rows, gemm};
-use super::isa::{Isa, load, store};
+use super::isa::{Isa, load, prefetch, store};
 use super::transposed::PANEL;
 use super::winograd::{A, AA, B, BB, input_transform, kernel_transform, output_transform};
 use super::{Source, Target};
+
+/// Values of a line of the cache. Frequencies lie one line more apart than they take: at powers of two
+/// all would be in the same set of the cache, which does not hold so many.
+pub const LINE: usize = 16;
 
 /// Tiles of T rows and columns, 6 or 4.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +48,11 @@ impl Tiles {
         self.tile * self.tile
     }
 
+    /// Values of the products of so many tiles with weights for so many outputs.
+    pub fn products_len(&self, count: usize, outputs: usize) -> usize {
+        self.frequencies() * products_apart(count, outputs)
+    }
+
     /// Rows of a strip that the tiles read: one above, and as far as the last tile reaches.
     pub fn strip_rows(&self) -> usize {
         self.rows * (self.tile - 2) + 2
@@ -62,6 +71,11 @@ pub struct TilePanels {
     /// From a frequency to the next, and from a panel to the next.
     pub frequency: usize,
     pub panel: usize,
+}
+
+/// From the products of a frequency to those of the next.
+fn products_apart(count: usize, outputs: usize) -> usize {
+    count * outputs + LINE
 }
 
 /// What a tile is transformed by.
@@ -210,30 +224,31 @@ fn gradient_transform<S: Simd, const T: usize>(simd: S, y: [S::f32s; T]) -> [S::
 }
 
 /// The products of `count` tiles in panels with the weights of every frequency, to
-/// `[frequency, tiles, outputs]`.
+/// `[frequency, tiles, outputs]`, [`Tiles::products_len`] values.
 ///
 /// # Safety
 /// The panels hold those tiles, and `products` has the room, for the caller alone.
 pub unsafe fn multiply(
-    weights: &[Packed],
+    weights: &Frequencies,
     from: TilePanels,
     count: usize,
     products: *mut f32,
     outputs: usize,
     rows: &mut Rows,
 ) {
-    let panels = weights[0].depth() / PANEL;
+    let panels = weights.depth / PANEL;
+    let apart = products_apart(count, outputs);
     let taps: Vec<usize> = (0..panels).map(|panel| panel * from.panel).collect();
     let nothing = Epilogue {
         bias: &[],
         activation: None,
     };
-    for (frequency, packed) in weights.iter().enumerate() {
+    for (frequency, packed) in weights.products.iter().enumerate() {
         rows.clear();
         // SAFETY: as the caller promises.
         unsafe {
             let input = from.pointer.add(frequency * from.frequency);
-            let output = products.add(frequency * count * outputs);
+            let output = products.add(frequency * apart);
             for tile in 0..count {
                 rows.push(input.add(tile * PANEL), output.add(tile * outputs), None);
             }
@@ -300,7 +315,7 @@ impl Finish<'_> {
     unsafe fn tiles<S: Simd, const T: usize>(&self, simd: S) {
         let layout = &self.output.layout;
         let channels = layout.dims.c;
-        let frequency = self.count * channels;
+        let frequency = products_apart(self.count, channels);
         for index in 0..self.tiles.count() {
             let y = index / self.tiles.columns * (T - 2);
             let x = index % self.tiles.columns * (T - 2);
@@ -336,141 +351,271 @@ impl Finish<'_> {
     }
 }
 
-/// Columns and rows of weights that are transformed at a time.
-const LINE: usize = 16;
+/// Columns (one line) and rows of weights that are transformed at a time.
 const ROWS: usize = 8;
 
-/// Transforms weights `[outputs, inputs, 3, 3]` into the products of every frequency. With `turned`
-/// the kernel is turned round, and what was an output is what goes in.
-pub fn load_weights(isa: Isa, weight: &[f32], turned: bool, weights: &mut [Packed]) {
-    match weights.len() {
-        36 => load_tiles::<6>(isa, weight, turned, weights),
-        _ => load_tiles::<4>(isa, weight, turned, weights),
-    }
+/// Transformed weights: a product for each frequency, in memory that is lent.
+pub struct Frequencies {
+    isa: Isa,
+    products: Vec<Packed>,
+    depth: usize,
+    columns: usize,
 }
 
-fn load_tiles<const T: usize>(isa: Isa, weight: &[f32], turned: bool, weights: &mut [Packed]) {
-    let mut g = [[0.0_f32; 3]; T];
-    for (to, row) in g.iter_mut().zip(kernel_transform(T)) {
-        *to = row.map(|v| v as f32);
+impl Frequencies {
+    /// For tiles of so many rows, 6 or 4.
+    pub fn new(isa: Isa, tile: usize, depth: usize, columns: usize) -> Self {
+        let product = |_| Packed::borrowing(isa, depth, columns);
+        Self {
+            isa,
+            products: (0..tile * tile).map(product).collect(),
+            depth,
+            columns,
+        }
     }
-    let depth = weights[0].depth();
-    let columns = weight.len() / 9 / depth;
-    let inputs = if turned { columns } else { depth };
-    // The products of all frequencies begin in the same set of the cache: a few rows of each are written
-    // one after the other.
-    let mut transformed = [[[[0.0_f32; LINE]; ROWS]; T]; T];
-    // In the order in which weights lie there.
-    let (lines, blocks) = (columns.div_ceil(LINE), depth.div_ceil(ROWS));
-    for index in 0..lines * blocks {
-        let (line, block) = match turned {
-            false => (index / blocks, index % blocks),
-            true => (index % lines, index / lines),
-        };
-        let (start, first) = (line * LINE, block * ROWS);
-        let (width, rows) = (LINE.min(columns - start), ROWS.min(depth - first));
-        isa.compiled(
-            #[inline(always)]
-            || {
-                for row in 0..rows {
-                    let mut taps = [[0.0_f32; LINE]; 9];
-                    let (at, step) = match turned {
-                        false => (start * inputs + first + row, inputs),
-                        true => ((first + row) * inputs + start, 1),
-                    };
-                    let kernels = weight[at * 9..].chunks(step * 9).take(width);
-                    for (column, kernel) in kernels.enumerate() {
-                        for tap in 0..9 {
-                            taps[tap][column] = kernel[tap];
-                        }
-                    }
+
+    /// From a product's values to the next one's.
+    fn stride(&self) -> usize {
+        self.products[0].values_len() + LINE
+    }
+
+    /// Values that they take.
+    pub fn values_len(&self) -> usize {
+        self.products.len() * self.stride()
+    }
+
+    /// Where the values are from now on.
+    pub fn lend(&self, values: &mut [f32]) {
+        for (product, values) in self.products.iter().zip(values.chunks_mut(self.stride())) {
+            product.lend(values.as_mut_ptr());
+        }
+    }
+
+    /// Parts in which weights can be transformed.
+    pub fn parts(&self) -> usize {
+        self.columns.div_ceil(LINE)
+    }
+
+    /// Transforms a part of weights `[outputs, inputs, 3, 3]`. With `turned` the kernel is turned round,
+    /// and what was an output is what goes in.
+    ///
+    /// # Safety
+    /// Memory of so many values is lent, and nobody else touches the part.
+    pub unsafe fn load(&self, weight: &[f32], turned: bool, part: usize) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            match self.products.len() {
+                36 => self.load_tiles::<6>(weight, turned, part),
+                _ => self.load_tiles::<4>(weight, turned, part),
+            }
+        }
+    }
+
+    unsafe fn load_tiles<const T: usize>(&self, weight: &[f32], turned: bool, part: usize) {
+        let Self { depth, columns, .. } = *self;
+        assert_eq!(weight.len(), depth * columns * 9);
+        let start = part * LINE;
+        let width = LINE.min(columns - start);
+        // By row and tap. Read as they lie there, a few rows before any is used: values that were just
+        // written one by one are slow to read as a vector.
+        let mut kernels = [[[0.0_f32; LINE]; 9]; ROWS];
+        let mut transformed = [[[[0.0_f32; LINE]; ROWS]; T]; T];
+        for first in (0..depth).step_by(ROWS) {
+            let rows = ROWS.min(depth - first);
+            self.isa.compiled(
+                #[inline(always)]
+                || {
                     if turned {
-                        taps.reverse();
-                    }
-                    for (gy, lines) in g.iter().zip(&mut transformed) {
-                        let mut half = [[0.0_f32; LINE]; 3];
-                        for kx in 0..3 {
-                            for l in 0..LINE {
-                                half[kx][l] = gy[0] * taps[kx][l]
-                                    + gy[1] * taps[3 + kx][l]
-                                    + gy[2] * taps[6 + kx][l];
+                        for (row, taps) in kernels[..rows].iter_mut().enumerate() {
+                            let from = &weight[((first + row) * columns + start) * 9..];
+                            let (from, _) = from.as_chunks::<9>();
+                            for (column, kernel) in from[..width].iter().enumerate() {
+                                for tap in 0..9 {
+                                    taps[8 - tap][column] = kernel[tap];
+                                }
                             }
                         }
-                        for (gx, lines) in g.iter().zip(lines) {
-                            let line = &mut lines[row];
-                            for l in 0..LINE {
-                                line[l] =
-                                    gx[0] * half[0][l] + gx[1] * half[1][l] + gx[2] * half[2][l];
+                    } else {
+                        for column in 0..width {
+                            let from = &weight[((start + column) * depth + first) * 9..];
+                            let (from, _) = from.as_chunks::<9>();
+                            for (taps, kernel) in kernels[..rows].iter_mut().zip(from) {
+                                for tap in 0..9 {
+                                    taps[tap][column] = kernel[tap];
+                                }
                             }
                         }
                     }
-                }
-            },
-        );
-        for (packed, values) in weights.iter_mut().zip(transformed.as_flattened()) {
-            packed.set_rows(first, start, &values[..rows], width);
+                },
+            );
+            self.isa.dispatch(TransformWeights {
+                kernels: &kernels[..rows],
+                transformed: &mut transformed,
+            });
+            self.isa.compiled(
+                #[inline(always)]
+                || {
+                    for (product, values) in self.products.iter().zip(transformed.as_flattened()) {
+                        // SAFETY: rows and columns of the part.
+                        unsafe { product.set_lent(first, start, &values[..rows], width) };
+                    }
+                },
+            );
         }
     }
 }
 
-/// The weights' gradient, Gᵀ U G, of sixteen outputs and some inputs, to `[16, inputs, 9]` with `stride`
-/// values from an output to the next; `sum(frequency, input)` gives the sums U.
-///
-/// # Safety
-/// There is so much room, and it is the caller's alone.
-pub unsafe fn gradient_of_weights(
-    isa: Isa,
-    tile: usize,
-    inputs: usize,
-    sum: impl Fn(usize, usize) -> [f32; PANEL],
-    to: *mut f32,
-    stride: usize,
-) {
-    let g: Vec<[f32; 3]> = kernel_transform(tile)
-        .into_iter()
-        .map(|row| row.map(|v| v as f32))
-        .collect();
-    isa.compiled(
-        #[inline(always)]
-        || {
-            for first in (0..inputs).step_by(INPUTS) {
-                let inputs = INPUTS.min(inputs - first);
-                let mut taps = [[[0.0_f32; PANEL]; 9]; INPUTS];
-                for (input, out) in taps[..inputs].iter_mut().enumerate() {
-                    for (fy, gy) in g.iter().enumerate() {
-                        let mut half = [[0.0_f32; PANEL]; 3];
-                        for (fx, gx) in g.iter().enumerate() {
-                            let values = sum(fy * tile + fx, first + input);
-                            for kx in 0..3 {
-                                for l in 0..PANEL {
-                                    half[kx][l] += gx[kx] * values[l];
-                                }
-                            }
+/// G g Gᵀ of lines of kernels.
+struct TransformWeights<'a, const T: usize> {
+    kernels: &'a [[[f32; LINE]; 9]],
+    transformed: &'a mut [[[[f32; LINE]; ROWS]; T]; T],
+}
+
+impl<const T: usize> WithSimd for TransformWeights<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let g = kernel_rows::<T>();
+        for (row, taps) in self.kernels.iter().enumerate() {
+            for l in (0..LINE).step_by(S::F32_LANES) {
+                // SAFETY: vectors of a line.
+                unsafe {
+                    let tap = |tap: usize| load::<S>(taps[tap].as_ptr().add(l));
+                    for y in 0..T {
+                        let half = [0, 1, 2].map(
+                            #[inline(always)]
+                            |kx| row_times(simd, &g[y], [tap(kx), tap(3 + kx), tap(6 + kx)]),
+                        );
+                        for x in 0..T {
+                            let to = self.transformed[y][x][row].as_mut_ptr().add(l);
+                            store::<S>(to, row_times(simd, &g[x], half));
                         }
-                        for ky in 0..3 {
-                            for kx in 0..3 {
-                                for l in 0..PANEL {
-                                    out[ky * 3 + kx][l] += gy[ky] * half[kx][l];
-                                }
-                            }
-                        }
-                    }
-                }
-                let taps = taps[..inputs].as_flattened();
-                for o in 0..PANEL {
-                    // SAFETY: as the caller promises.
-                    let to = unsafe {
-                        let to = to.add(o * stride + first * 9);
-                        std::slice::from_raw_parts_mut(to, taps.len())
-                    };
-                    for (to, tap) in to.iter_mut().zip(taps) {
-                        *to = tap[o];
                     }
                 }
             }
-        },
-    );
+        }
+    }
+}
+
+#[inline(always)]
+fn row_times<S: Simd>(simd: S, row: &[f32; 3], values: [S::f32s; 3]) -> S::f32s {
+    let first = simd.mul_f32s(simd.splat_f32s(row[0]), values[0]);
+    let second = simd.mul_add_f32s(simd.splat_f32s(row[1]), values[1], first);
+    simd.mul_add_f32s(simd.splat_f32s(row[2]), values[2], second)
+}
+
+/// G in single precision.
+fn kernel_rows<const T: usize>() -> [[f32; 3]; T] {
+    let mut g = [[0.0; 3]; T];
+    for (to, row) in g.iter_mut().zip(kernel_transform(T)) {
+        *to = row.map(|v| v as f32);
+    }
+    g
+}
+
+/// Sums U of a weights' gradient, for every frequency of tiles of six `[inputs, leading]`.
+#[derive(Clone, Copy)]
+pub struct TileSums {
+    pub pointer: *const f32,
+    /// From a frequency to the next.
+    pub frequency: usize,
+    pub leading: usize,
+    /// How many such sums are to be added, and from one to the next.
+    pub lanes: usize,
+    pub lane: usize,
+}
+
+/// The weights' gradient, Gᵀ U G, of sixteen outputs, to `[16, inputs, 9]` with `stride` values from an
+/// output to the next.
+///
+/// # Safety
+/// The sums are there, and so is the room, for the caller alone.
+pub unsafe fn gradient_of_weights(
+    isa: Isa,
+    sums: TileSums,
+    inputs: usize,
+    to: *mut f32,
+    stride: usize,
+) {
+    let mut taps = [[[0.0_f32; PANEL]; 9]; INPUTS];
+    for first in (0..inputs).step_by(INPUTS) {
+        let taps = &mut taps[..INPUTS.min(inputs - first)];
+        isa.dispatch(Gradients {
+            sums,
+            first,
+            taps: &mut *taps,
+        });
+        isa.compiled(
+            #[inline(always)]
+            || {
+                let taps = taps.as_flattened();
+                for o in 0..PANEL {
+                    for (index, tap) in taps.iter().enumerate() {
+                        // SAFETY: as the caller promises.
+                        unsafe { to.add(o * stride + first * 9 + index).write(tap[o]) };
+                    }
+                }
+            },
+        );
+    }
 }
 
 /// Inputs whose gradients are handed out together: whole lines of memory.
 const INPUTS: usize = 16;
+/// Inputs that the sums are asked for ahead: frequencies lie far apart, so that the processor does not
+/// foresee them.
+const AHEAD: usize = 2;
+
+struct Gradients<'a> {
+    sums: TileSums,
+    first: usize,
+    taps: &'a mut [[[f32; PANEL]; 9]],
+}
+
+impl WithSimd for Gradients<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        const T: usize = 6;
+        let g = kernel_rows::<T>();
+        let sums = self.sums;
+        for (input, taps) in self.taps.iter_mut().enumerate() {
+            for l in (0..PANEL).step_by(S::F32_LANES) {
+                let mut out = [[simd.splat_f32s(0.0); 3]; 3];
+                for y in 0..T {
+                    let mut half = [simd.splat_f32s(0.0); 3];
+                    for x in 0..T {
+                        let at = (y * T + x) * sums.frequency + (self.first + input) * sums.leading;
+                        // SAFETY: as the caller of `gradient_of_weights` promises.
+                        let mut value = unsafe {
+                            let from = sums.pointer.add(at + l);
+                            prefetch(from.wrapping_add(AHEAD * sums.leading), S::F32_LANES);
+                            load::<S>(from)
+                        };
+                        for lane in 1..sums.lanes {
+                            // SAFETY: as before.
+                            let part =
+                                unsafe { load::<S>(sums.pointer.add(at + l + lane * sums.lane)) };
+                            value = simd.add_f32s(value, part);
+                        }
+                        for k in 0..3 {
+                            half[k] = simd.mul_add_f32s(simd.splat_f32s(g[x][k]), value, half[k]);
+                        }
+                    }
+                    for ky in 0..3 {
+                        let factor = simd.splat_f32s(g[y][ky]);
+                        for kx in 0..3 {
+                            out[ky][kx] = simd.mul_add_f32s(factor, half[kx], out[ky][kx]);
+                        }
+                    }
+                }
+                for (tap, value) in out.as_flattened().iter().enumerate() {
+                    // SAFETY: vectors of a line.
+                    unsafe { store::<S>(taps[tap].as_mut_ptr().add(l), *value) };
+                }
+            }
+        }
+    }
+}

@@ -14,6 +14,8 @@ use std::fmt;
 use std::ops::Range;
 use std::rc::Rc;
 
+use candle_core::Tensor;
+
 /// What is wrong with data that ranks do not agree on.
 pub const RANKS_DIFFER: &str =
     "the processes do not all see the same images there (give them one folder, or equal copies)";
@@ -26,8 +28,9 @@ pub trait Collectives {
     /// The sum over all ranks of each value, with the same bits everywhere.
     fn sum(&self, values: &mut [f64]);
 
-    /// Begins such a sum that others may overtake; [`Collectives::sums`] gives it.
-    fn begin_sum(&self, values: Vec<f32>);
+    /// Begins such a sum of a contiguous float32 tensor on the CPU, that others may overtake;
+    /// [`Collectives::sums`] gives it. Nobody may write to the tensor any more.
+    fn begin_sum(&self, values: Tensor) -> candle_core::Result<()>;
 
     /// Lets what was begun go on. To be called now and then.
     fn progress(&self);

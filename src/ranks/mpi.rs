@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
 
+use candle_core::Tensor;
 use mpi::collective::SystemOperation;
 use mpi::environment::Universe;
 use mpi::ffi;
@@ -16,6 +17,7 @@ use mpi::traits::*;
 use mpi::{Count, Threading};
 
 use super::Collectives;
+use crate::exec::params::with_values;
 
 /// Variables that launchers set for each process.
 const LAUNCHERS: [&str; 5] = [
@@ -41,7 +43,8 @@ const SUMMED: usize = 256 << 10;
 
 /// A sum that was begun: MPI writes to it until it is done.
 struct Sum {
-    own: Vec<f32>,
+    /// What MPI reads.
+    own: Tensor,
     total: Vec<f32>,
     /// One for each part.
     requests: Vec<Cell<ffi::MPI_Request>>,
@@ -114,15 +117,14 @@ impl Collectives for World {
             .all_reduce_into(&own[..], values, SystemOperation::sum());
     }
 
-    fn begin_sum(&self, values: Vec<f32>) {
-        let mut total = Vec::with_capacity(values.len());
-        let room = &mut total.spare_capacity_mut()[..values.len()];
-        let parts = values.chunks(SUMMED).zip(room.chunks_mut(SUMMED));
+    fn begin_sum(&self, values: Tensor) -> candle_core::Result<()> {
+        let mut total = Vec::new();
         let begin = |(own, total): (&[f32], &mut [MaybeUninit<f32>])| {
             // SAFETY: a constant of MPI's.
             let request = Cell::new(unsafe { ffi::RSMPI_REQUEST_NULL });
-            // SAFETY: both hold so many values, in vectors whose values stay where they are until the
-            // request is done: nobody touches them before `sums` has waited for it, and `drop` waits too.
+            // SAFETY: both hold so many values, in a tensor and a vector whose values stay where they are
+            // until the request is done: nobody touches them before `sums` has waited for it, and `drop`
+            // waits too.
             unsafe {
                 ffi::MPI_Iallreduce(
                     own.as_ptr().cast::<c_void>(),
@@ -136,12 +138,18 @@ impl Collectives for World {
             }
             request
         };
-        let requests = parts.map(begin).collect();
+        let requests = with_values(&values, |values| {
+            total.reserve_exact(values.len());
+            let room = &mut total.spare_capacity_mut()[..values.len()];
+            let parts = values.chunks(SUMMED).zip(room.chunks_mut(SUMMED));
+            parts.map(begin).collect()
+        })?;
         self.sums.borrow_mut().push(Sum {
             own: values,
             total,
             requests,
         });
+        Ok(())
     }
 
     fn progress(&self) {
@@ -159,7 +167,7 @@ impl Collectives for World {
             }
             let mut total = std::mem::take(&mut sum.total);
             // SAFETY: every value is written by now.
-            unsafe { total.set_len(sum.own.len()) };
+            unsafe { total.set_len(sum.own.elem_count()) };
             total
         };
         sums.into_iter().map(wait).collect()

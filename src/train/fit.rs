@@ -596,9 +596,9 @@ impl Fitting {
         self.step.backward(&at_logits, &mut |index, gradient| {
             if let Some(exchange) = &mut exchange {
                 return match gradients[index].take() {
-                    Some(sum) if absent => exchange.add(index, &sum, false),
-                    Some(sum) => exchange.add(index, &(sum + gradient)?, false),
-                    None => exchange.add(index, &gradient, absent),
+                    Some(sum) if absent => exchange.add(index, sum, false),
+                    Some(sum) => exchange.add(index, (sum + gradient)?, false),
+                    None => exchange.add(index, gradient, absent),
                 };
             }
             if absent {
@@ -629,8 +629,8 @@ impl Fitting {
         let mut exchange = Exchange::new(others);
         for (index, (_, variable)) in self.step.parameters().iter().enumerate() {
             match gradients[index].take() {
-                Some(gradient) => exchange.add(index, &gradient, false)?,
-                None => exchange.add(index, variable.as_tensor(), true)?,
+                Some(gradient) => exchange.add(index, gradient, false)?,
+                None => exchange.add(index, variable.as_detached_tensor(), true)?,
             }
         }
         Ok(exchange.finish(gradients, &self.run.device)?)

@@ -4,7 +4,7 @@
 //! summed. As the sums have the same bits everywhere, so have the weights after each step. The first
 //! rank's running statistics are those that count.
 
-use candle_core::{Device, Result, Shape, Tensor, Var};
+use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 
 use crate::data::Batch;
 use crate::exec::params::with_values;
@@ -13,68 +13,74 @@ use crate::ranks::{Collectives, Ranks, bytes};
 /// Values of gradients that are summed at a time: 1 MiB, enough for a network's bandwidth, and few
 /// enough that the first of them are on their way soon.
 const BUCKET: usize = 256 << 10;
+/// Values of a gradient that is summed by itself, from where it lies.
+const LARGE: usize = BUCKET / 4;
 
 /// Gradients on their way to all ranks, summed while the rest of the backward pass runs.
 pub(super) struct Exchange<'a> {
     others: &'a dyn Collectives,
+    /// Small gradients, one behind the other.
     bucket: Vec<f32>,
-    /// By bucket and parameter: its place among the gradients, and its shape.
-    order: Vec<Vec<(usize, Shape)>>,
+    in_bucket: Vec<Place>,
+    /// What each sum that was begun holds.
+    begun: Vec<Vec<Place>>,
 }
+
+/// A gradient's place among all, and its shape.
+type Place = (usize, Shape);
 
 impl<'a> Exchange<'a> {
     pub fn new(others: &'a dyn Collectives) -> Self {
         Self {
             others,
             bucket: Vec::new(),
-            order: vec![Vec::new()],
+            in_bucket: Vec::new(),
+            begun: Vec::new(),
         }
     }
 
     /// Takes a gradient; where the rank is absent from the batch, it adds nothing.
-    pub fn add(&mut self, index: usize, gradient: &Tensor, absent: bool) -> Result<()> {
-        if gradient.elem_count() >= BUCKET && !self.bucket.is_empty() {
-            // Alone in its bucket, its sum need not be copied.
-            self.begin();
-        }
-        let bucket = &mut self.bucket;
-        if bucket.is_empty() {
-            // At once: to grow is to copy.
-            bucket.reserve_exact(gradient.elem_count().max(2 * BUCKET));
-        }
-        if absent {
-            bucket.resize(bucket.len() + gradient.elem_count(), 0.0);
+    pub fn add(&mut self, index: usize, gradient: Tensor, absent: bool) -> Result<()> {
+        let (count, shape) = (gradient.elem_count(), gradient.shape().clone());
+        let gradient = match absent {
+            true => Tensor::zeros(count, DType::F32, &Device::Cpu)?,
+            false => gradient.contiguous()?.to_device(&Device::Cpu)?,
+        };
+        if count >= LARGE {
+            self.others.begin_sum(gradient)?;
+            self.begun.push(vec![(index, shape)]);
         } else {
-            let gradient = gradient.contiguous()?.to_device(&Device::Cpu)?;
-            with_values(&gradient, |values| bucket.extend_from_slice(values))?;
-        }
-        if let Some(order) = self.order.last_mut() {
-            order.push((index, gradient.shape().clone()));
-        }
-        if self.bucket.len() >= BUCKET {
-            self.begin();
+            with_values(&gradient, |values| self.bucket.extend_from_slice(values))?;
+            self.in_bucket.push((index, shape));
+            if self.bucket.len() >= BUCKET {
+                self.begin()?;
+            }
         }
         self.others.progress();
         Ok(())
     }
 
-    fn begin(&mut self) {
-        self.others.begin_sum(std::mem::take(&mut self.bucket));
-        self.order.push(Vec::new());
+    fn begin(&mut self) -> Result<()> {
+        let values = std::mem::take(&mut self.bucket);
+        let count = values.len();
+        let values = Tensor::from_vec(values, count, &Device::Cpu)?;
+        self.others.begin_sum(values)?;
+        self.begun.push(std::mem::take(&mut self.in_bucket));
+        Ok(())
     }
 
     /// Puts the sums where the gradients were.
     pub fn finish(mut self, gradients: &mut [Option<Tensor>], device: &Device) -> Result<()> {
         if !self.bucket.is_empty() {
-            self.begin();
+            self.begin()?;
         }
-        for (sums, order) in self.others.sums().into_iter().zip(self.order) {
-            if let [(index, shape)] = &order[..] {
+        for (sums, places) in self.others.sums().into_iter().zip(self.begun) {
+            if let [(index, shape)] = &places[..] {
                 gradients[*index] = Some(Tensor::from_vec(sums, shape, device)?);
                 continue;
             }
             let mut at = 0;
-            for (index, shape) in order {
+            for (index, shape) in places {
                 let own = sums[at..at + shape.elem_count()].to_vec();
                 at += own.len();
                 gradients[index] = Some(Tensor::from_vec(own, shape, device)?);

@@ -20,7 +20,9 @@ use crate::graph::{Activation, Conv2d};
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::{Epilogue, Packed, Rows, gemm};
 use crate::kernels::transposed::{self, PANEL, Panels, pack_row, padded};
-use crate::kernels::winograd_training::{self, Side, TilePanels, Tiles};
+use crate::kernels::winograd_training::{
+    self, Frequencies, LINE, Side, TilePanels, TileSums, Tiles,
+};
 use crate::kernels::{
     Dims, Isa, Layout, Source, Target, Window, depthwise_gradient, prefetch, rowwise,
 };
@@ -76,7 +78,6 @@ impl Block {
 /// One convolution or linear layer.
 pub(super) struct Layer {
     pub name: String,
-    pub isa: Isa,
     pub conv: Conv2d,
     pub window: Window,
     /// Channels are those that are read, not all of the value's.
@@ -114,8 +115,11 @@ pub(super) enum Weights {
         groups: Vec<Product>,
         place: ValueId,
     },
-    /// A product for each frequency of tiles of four.
-    Winograd(Vec<Packed>),
+    /// For tiles of four, transformed right before they are used.
+    Winograd {
+        frequencies: Frequencies,
+        place: ValueId,
+    },
     Depthwise(Depthwise),
 }
 
@@ -147,17 +151,18 @@ pub(super) struct InputGradient {
     pub phases: Vec<Phase>,
     /// Stride 1 depthwise: the convolution with the kernel turned round.
     pub turned: Option<Depthwise>,
-    /// Where the products of the phases are packed.
+    /// Where the products of the phases, or the frequencies, are packed.
     pub place: ValueId,
-    /// Winograd: a product for each frequency of tiles of six.
-    pub frequencies: Vec<Packed>,
+    /// Winograd: weights for tiles of six.
+    pub frequencies: Option<Frequencies>,
 }
 
 impl InputGradient {
     /// Values of the packed weights.
     pub fn packed_len(&self) -> usize {
+        let frequencies = self.frequencies.as_ref().map_or(0, Frequencies::values_len);
         let products = self.phases.iter().flat_map(|phase| &phase.groups);
-        products.map(Product::len).sum()
+        products.map(Product::len).sum::<usize>() + frequencies
     }
 }
 
@@ -306,16 +311,26 @@ struct TileScratch<'a> {
     rows: &'a mut Rows,
 }
 
-/// Empty products for every frequency of tiles of so many rows.
-fn frequencies(isa: Isa, tile: usize, depth: usize, columns: usize) -> Vec<Packed> {
-    let pack = |_| Packed::new(isa, depth, columns, |_, _| 0.0);
-    (0..tile * tile).map(pack).collect()
+/// Transforms weights to their place for the step.
+fn transform_weights(
+    memory: &Memory,
+    frequencies: &Frequencies,
+    place: ValueId,
+    weight: &[f32],
+    turned: bool,
+) {
+    // SAFETY: the value is this step's own.
+    frequencies.lend(unsafe { memory.part(place, 0, frequencies.values_len()) });
+    memory.pool.run(frequencies.parts(), |part| {
+        // SAFETY: each part is one task's.
+        unsafe { frequencies.load(weight, turned, part) };
+    });
 }
 
 /// Panels in scratch for so many tiles.
 fn tile_panels(scratch: &mut Vec<f32>, tiles: Tiles, channels: usize, count: usize) -> TilePanels {
     let panel = count * PANEL;
-    let frequency = channels / PANEL * panel;
+    let frequency = channels / PANEL * panel + LINE;
     TilePanels {
         pointer: room(scratch, tiles.frequencies() * frequency).as_mut_ptr(),
         frequency,
@@ -348,8 +363,31 @@ impl SumShape {
         padded(self.outputs) / PANEL
     }
 
+    /// From a group to the next, where each has so many values.
+    fn apart(&self, values: usize) -> usize {
+        match self.groups {
+            1 => values,
+            _ => values + LINE,
+        }
+    }
+
+    /// From a group's window panels of so many rows to the next group's.
+    fn windows_apart(&self, rows: usize) -> usize {
+        self.apart(self.window_panels() * PANEL * rows)
+    }
+
+    /// From a group's gradient panels of so many rows to the next group's.
+    fn gradients_apart(&self, rows: usize) -> usize {
+        self.apart(self.gradient_panels() * PANEL * rows)
+    }
+
+    /// From a group's sums to the next group's.
+    fn sums_apart(&self) -> usize {
+        self.apart(self.depth * padded(self.outputs))
+    }
+
     fn len(&self) -> usize {
-        self.groups * self.depth * padded(self.outputs)
+        self.groups * self.sums_apart()
     }
 }
 
@@ -367,7 +405,7 @@ impl Layer {
     /// The blocks of a batch, such that a block's strips stay in the cache.
     pub fn blocks(conv: &Conv2d, weights: &Weights, count: usize, output: Dims) -> Vec<Block> {
         let widest = conv.in_channels * conv.stride * conv.stride + conv.out_channels;
-        if matches!(weights, Weights::Winograd(_)) {
+        if matches!(weights, Weights::Winograd { .. }) {
             // More than fits: weights are read once a block, and are several times larger.
             let pixels = (WINOGRAD_VALUES / widest).clamp(128, 1024);
             return Block::divide(count, output, pixels, 4);
@@ -398,7 +436,7 @@ impl Layer {
     }
 
     fn is_winograd(&self) -> bool {
-        matches!(self.weights, Weights::Winograd(_))
+        matches!(self.weights, Weights::Winograd { .. })
     }
 
     /// Tiles of six rows over some rows of the output.
@@ -444,11 +482,10 @@ impl Layer {
             return Ok((lanes, lanes * shape.len()));
         }
         let rows = self.all_product_rows();
-        let panels = |count: usize| shape.groups * count * PANEL * rows;
         Err((
             [
-                panels(shape.window_panels()),
-                panels(shape.gradient_panels()),
+                shape.groups * shape.windows_apart(rows),
+                shape.groups * shape.gradients_apart(rows),
             ],
             (!self.is_direct()).then(|| shape.len()),
         ))
@@ -475,7 +512,11 @@ impl Layer {
         if winograd {
             // Tiles of four: their digits are those of a direct sum, or better. Tiles of six are
             // not so exact, and flip the sign of what is next to zero behind a ReLU.
-            return Weights::Winograd(frequencies(isa, 4, conv.in_channels, conv.out_channels));
+            let frequencies = Frequencies::new(isa, 4, conv.in_channels, conv.out_channels);
+            return Weights::Winograd {
+                frequencies,
+                place: 0,
+            };
         }
         if conv.is_depthwise() {
             // The window of a strip, which begins with the first row that is read.
@@ -509,13 +550,18 @@ impl Layer {
         weights: &Weights,
         destination: Destination,
     ) -> InputGradient {
-        if matches!(weights, Weights::Winograd(_)) {
+        if matches!(weights, Weights::Winograd { .. }) {
             return InputGradient {
                 destination,
                 phases: Vec::new(),
                 turned: None,
                 place: 0,
-                frequencies: frequencies(isa, 6, conv.out_channels, conv.in_channels),
+                frequencies: Some(Frequencies::new(
+                    isa,
+                    6,
+                    conv.out_channels,
+                    conv.in_channels,
+                )),
             };
         }
         let [kh, kw] = conv.kernel;
@@ -557,7 +603,7 @@ impl Layer {
             phases,
             turned,
             place: 0,
-            frequencies: Vec::new(),
+            frequencies: None,
         }
     }
 
@@ -595,34 +641,15 @@ impl Layer {
             Some(bias) => self.bias_values.copy_from_slice(bias),
             None => self.bias_values.fill(0.0),
         }
-        let isa = self.isa;
-        match &mut self.weights {
-            Weights::Winograd(packed) => {
-                winograd_training::load_weights(isa, weight, false, packed);
-            }
-            Weights::Depthwise(conv) => {
-                for tap in 0..area {
-                    for c in 0..channels {
-                        conv.weights[tap * channels + c] = weight[c * area + tap];
-                    }
+        if let Weights::Depthwise(conv) = &mut self.weights {
+            for tap in 0..area {
+                for c in 0..channels {
+                    conv.weights[tap * channels + c] = weight[c * area + tap];
                 }
             }
-            Weights::Dense { .. } => {}
         }
         let input = self.backward.as_mut().and_then(|b| b.input.as_mut());
-        let Some(InputGradient {
-            turned,
-            frequencies,
-            ..
-        }) = input
-        else {
-            return;
-        };
-        if !frequencies.is_empty() {
-            winograd_training::load_weights(isa, weight, true, frequencies);
-            return;
-        }
-        if let Some(turned) = turned {
+        if let Some(turned) = input.and_then(|input| input.turned.as_mut()) {
             for tap in 0..area {
                 for c in 0..channels {
                     turned.weights[tap * channels + c] = weight[c * area + area - 1 - tap];
@@ -633,8 +660,13 @@ impl Layer {
 
     /// Packs the products of the forward pass, which comes next.
     pub fn pack_forward(&self, memory: &Memory, weight: &[f32]) {
-        let Weights::Dense { groups, place } = &self.weights else {
-            return;
+        let (groups, place) = match &self.weights {
+            Weights::Dense { groups, place } => (groups, place),
+            Weights::Winograd { frequencies, place } => {
+                let weight = self.scaled(weight);
+                return transform_weights(memory, frequencies, *place, &weight, false);
+            }
+            Weights::Depthwise(_) => return,
         };
         let weight = self.scaled(weight);
         let [kh, kw] = self.window.kernel;
@@ -668,6 +700,9 @@ impl Layer {
             return;
         };
         let weight = self.scaled(weight);
+        if let Some(frequencies) = &input.frequencies {
+            return transform_weights(memory, frequencies, input.place, &weight, true);
+        }
         let [kh, kw] = self.window.kernel;
         let area = kh * kw;
         let s = self.conv.stride;
@@ -791,14 +826,14 @@ impl Layer {
             ..self.output
         });
         let output = Target::new(z, layout, block.images);
-        if let Weights::Winograd(weights) = &self.weights {
-            self.forward_tiles(memory, weights, block, &output, scratch);
+        if let Weights::Winograd { frequencies, .. } = &self.weights {
+            self.forward_tiles(memory, frequencies, block, &output, scratch);
             return self.finish_block(memory, index, z);
         }
         let (input, window, channel) = self.block_input(memory, block, &mut scratch.input);
         let groups = self.conv.groups;
         match &self.weights {
-            Weights::Winograd(_) => unreachable!("computed above"),
+            Weights::Winograd { .. } => unreachable!("computed above"),
             Weights::Depthwise(conv) => {
                 debug_assert_eq!(conv.window, window);
                 let epilogue = Epilogue {
@@ -877,7 +912,7 @@ impl Layer {
     fn forward_tiles(
         &self,
         memory: &Memory,
-        weights: &[Packed],
+        weights: &Frequencies,
         block: &Block,
         output: &Target,
         scratch: &mut Scratch,
@@ -905,7 +940,7 @@ impl Layer {
     fn convolve_tiles(
         &self,
         isa: Isa,
-        weights: &[Packed],
+        weights: &Frequencies,
         tiles: Tiles,
         (input, images): (&Source, usize),
         bias: &[f32],
@@ -915,7 +950,7 @@ impl Layer {
         let count = tiles.count() * images;
         let (ins, outs) = (input.layout.dims.c, output.layout.dims.c);
         let panels = tile_panels(scratch.panels, tiles, ins, count);
-        let products = room(scratch.products, tiles.frequencies() * count * outs);
+        let products = room(scratch.products, tiles.products_len(count, outs));
         // SAFETY: the strips reach as far as the tiles; the scratch and the output are the task's.
         unsafe {
             for image in 0..images {
@@ -1109,7 +1144,7 @@ impl Layer {
             ..self.input
         });
         let out = Target::new(values, out_layout, block.images);
-        if self.is_winograd() {
+        if let Some(weights) = &to.frequencies {
             let tiles = self.tiles(block.rows);
             let scratch = TileScratch {
                 panels: window_panels,
@@ -1118,7 +1153,6 @@ impl Layer {
             };
             let strips = (&dz, block.images);
             let bias = vec![0.0; self.input.c];
-            let weights = &to.frequencies;
             self.convolve_tiles(memory.isa, weights, tiles, strips, &bias, &out, scratch);
         } else if !owned.is_empty() {
             // SAFETY: the strip reaches as far as the taps of the block's own rows.
@@ -1284,13 +1318,14 @@ impl Layer {
                 ([a, tile_panels(z, tiles, channels[1], count)], 0)
             }
             WeightSums::Panels { a, z, .. } => {
-                let stride = self.all_product_rows() * PANEL;
-                let panels = |value: ValueId, channels: usize| TilePanels {
+                let rows = self.all_product_rows();
+                let panels = |value: ValueId, frequency: usize| TilePanels {
                     pointer: memory.pointer(value),
-                    frequency: channels / PANEL * stride,
-                    panel: stride,
+                    frequency,
+                    panel: rows * PANEL,
                 };
-                ([panels(a, channels[0]), panels(z, channels[1])], start)
+                let a = panels(a, shape.windows_apart(rows));
+                ([a, panels(z, shape.gradients_apart(rows))], start)
             }
         };
         for ((side, strip), to) in strips.into_iter().zip(panels) {
@@ -1308,10 +1343,7 @@ impl Layer {
         };
         // SAFETY: the run's sums are the task's own.
         let out = unsafe { memory.part(sums, run * shape.len(), shape.len()) };
-        for (frequency, out) in out
-            .chunks_exact_mut(shape.depth * padded(shape.outputs))
-            .enumerate()
-        {
+        for (frequency, out) in out.chunks_exact_mut(shape.sums_apart()).enumerate() {
             let [a, z] = panels.map(|panels| Panels {
                 // SAFETY: inside the panels.
                 pointer: unsafe { panels.pointer.add(frequency * panels.frequency) },
@@ -1348,9 +1380,9 @@ impl Layer {
         // Rows behind each other in a panel, and the first of the block.
         let (a, z, in_panel, at) = match *sums {
             WeightSums::Lanes { .. } => {
-                let len = |panels: usize| shape.groups * panels * PANEL * pixels;
-                let a = room(window_panels, len(shape.window_panels())).as_mut_ptr();
-                let z = room(gradient_panels, len(shape.gradient_panels())).as_mut_ptr();
+                let (a, z) = (shape.windows_apart(pixels), shape.gradients_apart(pixels));
+                let a = room(window_panels, shape.groups * a).as_mut_ptr();
+                let z = room(gradient_panels, shape.groups * z).as_mut_ptr();
                 (a, z, pixels, 0)
             }
             WeightSums::Panels { a, z, .. } => {
@@ -1359,6 +1391,8 @@ impl Layer {
             }
         };
         let stride = in_panel * PANEL;
+        let windows_apart = shape.windows_apart(in_panel);
+        let gradients_apart = shape.gradients_apart(in_panel);
         let ins = self.input.c / shape.groups;
         let taps = self.taps(&input.layout);
         let run_len = shape.depth / taps.len();
@@ -1381,14 +1415,14 @@ impl Layer {
                             }
                             &line[..]
                         };
-                        let to = a.add(group * shape.window_panels() * stride);
+                        let to = a.add(group * windows_apart);
                         pack_row(values, to, stride, row);
                     }
                     let dz = dz.image(image).add(dz.layout.offset(own + y, x));
                     for group in 0..shape.groups {
                         let from = dz.add(group * shape.outputs);
                         let values = std::slice::from_raw_parts(from, shape.outputs);
-                        let to = z.add(group * shape.gradient_panels() * stride);
+                        let to = z.add(group * gradients_apart);
                         pack_row(values, to, stride, row);
                     }
                 }
@@ -1405,14 +1439,14 @@ impl Layer {
             // SAFETY: the panels were just filled.
             unsafe {
                 let a = Panels {
-                    pointer: a.add(group * shape.window_panels() * stride),
+                    pointer: a.add(group * windows_apart),
                     stride,
                 };
                 let z = Panels {
-                    pointer: z.add(group * shape.gradient_panels() * stride),
+                    pointer: z.add(group * gradients_apart),
                     stride,
                 };
-                let out = out[group * shape.depth * leading..].as_mut_ptr();
+                let out = out[group * shape.sums_apart()..].as_mut_ptr();
                 let (k, n) = (0..shape.depth, 0..shape.outputs);
                 transposed::product(memory.isa, a, z, pixels, k, n, out, leading, !first);
             }
@@ -1455,39 +1489,30 @@ impl Layer {
         let values = memory.values(values);
         let leading = padded(shape.outputs);
         let ins = self.input.c / self.conv.groups;
-        let mut gradient = vec![0.0; self.output.c * ins * area];
+        let len = self.output.c * ins * area;
+        let mut gradient = Vec::with_capacity(len);
         let to = Shared(gradient.as_mut_ptr());
         // Outputs in blocks of a panel, so that a line that is read is used.
         let blocks = shape.gradient_panels();
         if self.is_winograd() {
+            let values = Shared(values.as_ptr().cast_mut());
             memory.pool.run(blocks, |block| {
                 let stride = ins * area;
-                // SAFETY: inside the gradient, and this task's outputs alone.
+                // SAFETY: the sums are there; inside the gradient, and this task's outputs alone.
                 unsafe {
-                    winograd_training::gradient_of_weights(
-                        memory.isa,
-                        6,
-                        ins,
-                        #[inline(always)]
-                        |frequency, i| {
-                            let at = (frequency * ins + i) * leading + block * PANEL;
-                            // Frequencies lie far apart, so that the processor does not foresee them.
-                            prefetch(values.as_ptr().wrapping_add(at + 2 * leading), PANEL);
-                            let mut sum = [0.0; PANEL];
-                            sum.copy_from_slice(&values[at..][..PANEL]);
-                            for lane in 1..lanes {
-                                let part = &values[lane * shape.len() + at..][..PANEL];
-                                for (sum, part) in sum.iter_mut().zip(part) {
-                                    *sum += part;
-                                }
-                            }
-                            sum
-                        },
-                        to.get().add(block * PANEL * stride),
-                        stride,
-                    );
+                    let sums = TileSums {
+                        pointer: values.get().add(block * PANEL),
+                        frequency: shape.sums_apart(),
+                        leading,
+                        lanes,
+                        lane: shape.len(),
+                    };
+                    let to = to.get().add(block * PANEL * stride);
+                    winograd_training::gradient_of_weights(memory.isa, sums, ins, to, stride);
                 }
             });
+            // SAFETY: the blocks are all outputs, of which there are whole panels.
+            unsafe { gradient.set_len(len) };
             return gradient;
         }
         memory.pool.run(shape.groups * blocks, |task| {
@@ -1503,7 +1528,9 @@ impl Layer {
                 for tap in 0..area {
                     for i in 0..inputs {
                         let k = tap * ins + start + i;
-                        let at = (group * shape.depth + k) * leading + first;
+                        let at = group * shape.sums_apart() + k * leading + first;
+                        // Rows lie far apart, so that the processor does not foresee them.
+                        prefetch(values.as_ptr().wrapping_add(at + 8 * leading), PANEL);
                         let row = &mut rows[i * area + tap];
                         row.copy_from_slice(&values[at..][..PANEL]);
                         for lane in 1..lanes {
@@ -1514,16 +1541,15 @@ impl Layer {
                 }
                 for o in 0..outputs {
                     let place = ((group * shape.outputs + first + o) * ins + start) * area;
-                    // SAFETY: inside the gradient, and this task's outputs alone.
-                    let to = unsafe {
-                        std::slice::from_raw_parts_mut(to.get().add(place), inputs * area)
-                    };
-                    for (to, row) in to.iter_mut().zip(&rows) {
-                        *to = row[o];
+                    for (index, row) in rows[..inputs * area].iter().enumerate() {
+                        // SAFETY: inside the gradient, and this task's outputs alone.
+                        unsafe { to.get().add(place + index).write(row[o]) };
                     }
                 }
             }
         });
+        // SAFETY: the tasks are all groups and outputs.
+        unsafe { gradient.set_len(len) };
         gradient
     }
 
@@ -1585,13 +1611,13 @@ impl Layer {
             let k = part * PART_ROWS..((part + 1) * PART_ROWS).min(shape.depth);
             // SAFETY: the panels have been filled; the part's rows of the sums are the task's.
             unsafe {
-                let panels = |value: ValueId, count: usize| Panels {
-                    pointer: memory.pointer(value).add(group * count * stride),
+                let panels = |value: ValueId, apart: usize| Panels {
+                    pointer: memory.pointer(value).add(group * apart),
                     stride,
                 };
-                let a = panels(a, shape.window_panels());
-                let z = panels(z, shape.gradient_panels());
-                let out = memory.pointer(sums).add(group * shape.depth * leading);
+                let a = panels(a, shape.windows_apart(pixels));
+                let z = panels(z, shape.gradients_apart(pixels));
+                let out = memory.pointer(sums).add(group * shape.sums_apart());
                 let n = 0..shape.outputs;
                 transposed::product(memory.isa, a, z, pixels, k, n, out, leading, false);
             }

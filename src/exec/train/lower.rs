@@ -561,12 +561,18 @@ impl Lowering<'_> {
         let pixels = self.count * output.pixels();
         let mut weights = Layer::new_weights(self.isa, conv, window, pixels, self.exact);
         let mut uses = vec![feed.value(), z];
-        if let Weights::Dense { groups, place } = &mut weights {
-            *place = self.new_value(groups.iter().map(Product::len).sum(), false);
+        let packed = match &mut weights {
+            Weights::Dense { groups, place } => {
+                Some((groups.iter().map(Product::len).sum(), place))
+            }
+            Weights::Winograd { frequencies, place } => Some((frequencies.values_len(), place)),
+            Weights::Depthwise(_) => None,
+        };
+        if let Some((len, place)) = packed {
+            *place = self.new_value(len, false);
             uses.push(*place);
         }
         self.layers.push(Layer {
-            isa: self.isa,
             name: self.graph.node(id).name.clone(),
             conv: conv.clone(),
             window,
