@@ -167,6 +167,18 @@ fn use_large_pages(block: NonNull<u8>, len: usize) {
 #[cfg(not(target_os = "linux"))]
 fn use_large_pages(_: NonNull<u8>, _: usize) {}
 
+/// An empty vector with room for so many values, in large pages where it is large.
+pub fn in_large_pages(len: usize) -> Vec<f32> {
+    let values = Vec::<f32>::with_capacity(len);
+    let start = values.as_ptr().cast::<u8>();
+    let skipped = start.align_offset(LARGE_PAGE);
+    let bytes = len * size_of::<f32>();
+    if let Some(block) = NonNull::new(start.wrapping_add(skipped).cast_mut()) {
+        use_large_pages(block, bytes.saturating_sub(skipped));
+    }
+    values
+}
+
 /// Lets the allocator keep what is freed instead of handing it back to the system: while a network
 /// is loaded, each large vector would else be mapped, touched and unmapped anew.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]

@@ -36,7 +36,7 @@ pub trait Collectives {
     fn progress(&self);
 
     /// Waits for all sums that were begun, and gives them in that order.
-    fn sums(&self) -> Vec<Vec<f32>>;
+    fn sums(&self) -> candle_core::Result<Vec<Tensor>>;
 
     /// What each rank has, in their order.
     fn gather(&self, bytes: &[u8]) -> Vec<Vec<u8>>;

@@ -32,7 +32,7 @@ use crate::exec::cpu::{Options, PlanError};
 use crate::exec::params::{Params, TensorMap, TensorSource};
 use crate::exec::{HeadStep, Others, Runner, TrainingStep, Variables, training_step};
 use crate::graph::Graph;
-use crate::ranks::Ranks;
+use crate::ranks::{Ranks, share};
 use crate::weights::{Description, WeightsError, write_tensors, write_whole};
 
 /// A run: what to train, on what, and where the results go.
@@ -700,6 +700,11 @@ impl Fitting {
         rate: f64,
         batch: u64,
     ) -> Result<(), TrainError> {
+        // Several ranks have the same gradients: each looks at a part of them.
+        let ranks = self.run.ranks.clone();
+        let sizes = self.step.parameters().iter().map(|(_, v)| v.elem_count());
+        let own = share(sizes.sum(), ranks.rank(), ranks.count());
+        let mut before = 0;
         let mut ready = Vec::with_capacity(gradients.len());
         let mut squares = 0.0;
         for (gradient, (_, variable)) in gradients.iter_mut().zip(self.step.parameters()) {
@@ -707,13 +712,17 @@ impl Fitting {
                 Some(gradient) => gradient,
                 None => variable.zeros_like()?,
             };
-            squares += if gradient.device().is_cpu() {
-                self.workers.sum_of_squares(&gradient)?
-            } else {
-                f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?)
-            };
+            if own.contains(&before) {
+                squares += if gradient.device().is_cpu() {
+                    self.workers.sum_of_squares(&gradient)?
+                } else {
+                    f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?)
+                };
+            }
+            before += gradient.elem_count();
             ready.push(gradient);
         }
+        let [squares] = ranks.sum([squares]);
         let norm = squares.sqrt() / count as f64;
         if !norm.is_finite() {
             return Err(self.diverged("gradient", norm, batch, rate));

@@ -74,16 +74,16 @@ impl<'a> Exchange<'a> {
         if !self.bucket.is_empty() {
             self.begin()?;
         }
-        for (sums, places) in self.others.sums().into_iter().zip(self.begun) {
+        for (sums, places) in self.others.sums()?.into_iter().zip(self.begun) {
             if let [(index, shape)] = &places[..] {
-                gradients[*index] = Some(Tensor::from_vec(sums, shape, device)?);
+                gradients[*index] = Some(sums.reshape(shape)?.to_device(device)?);
                 continue;
             }
             let mut at = 0;
             for (index, shape) in places {
-                let own = sums[at..at + shape.elem_count()].to_vec();
-                at += own.len();
-                gradients[index] = Some(Tensor::from_vec(own, shape, device)?);
+                let own = sums.narrow(0, at, shape.elem_count())?.copy()?;
+                at += shape.elem_count();
+                gradients[index] = Some(own.reshape(shape)?.to_device(device)?);
             }
         }
         Ok(())

@@ -19,6 +19,7 @@ use super::values::{
 use crate::graph::{Activation, Conv2d};
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::{Epilogue, Packed, Rows, gemm};
+use crate::kernels::memory::in_large_pages;
 use crate::kernels::transposed::{self, PANEL, Panels, pack_row, padded};
 use crate::kernels::winograd_training::{
     self, Frequencies, LINE, Side, TilePanels, TileSums, Tiles,
@@ -1490,7 +1491,7 @@ impl Layer {
         let leading = padded(shape.outputs);
         let ins = self.input.c / self.conv.groups;
         let len = self.output.c * ins * area;
-        let mut gradient = Vec::with_capacity(len);
+        let mut gradient = in_large_pages(len);
         let to = Shared(gradient.as_mut_ptr());
         // Outputs in blocks of a panel, so that a line that is read is used.
         let blocks = shape.gradient_panels();
@@ -1568,7 +1569,7 @@ impl Layer {
             stride: pixels * PANEL,
         };
         let (a, z) = (panels(a), panels(z));
-        let mut gradient = Vec::with_capacity(outputs * inputs);
+        let mut gradient = in_large_pages(outputs * inputs);
         let to = Shared(gradient.as_mut_ptr());
         memory.pool.run(outputs.div_ceil(PART_ROWS), |task| {
             let part = task * PART_ROWS..((task + 1) * PART_ROWS).min(outputs);
