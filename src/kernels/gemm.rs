@@ -14,7 +14,7 @@ use std::sync::{Arc, OnceLock};
 use pulp::{Simd, WithSimd};
 
 use super::elementwise;
-use super::isa::{Isa, load, prefetch, store};
+use super::isa::{Isa, load, prefetch, prefetch_far, store};
 use super::memory::{Block, Slab};
 use super::{Source, Target, Window};
 use crate::graph::Activation;
@@ -542,6 +542,15 @@ pub unsafe fn gemm(
 /// up faster than a processor fetches them by itself from its second-level cache.
 const AHEAD: usize = 8;
 
+/// What is asked for while a panel is multiplied: the values behind it, which are the next panel's. They come
+/// from memory or a shared cache, which the first tile of that panel would wait for otherwise: a processor
+/// does not look that far ahead. Each tile asks for its share, a place for each row of weights.
+struct Next {
+    at: *const f32,
+    /// Values from a place to the next.
+    step: usize,
+}
+
 /// Values of the widest panel: three vectors of sixteen.
 const WIDEST: usize = 48;
 
@@ -588,11 +597,12 @@ macro_rules! panel_in_tiles {
         #[inline(always)]
         unsafe fn $name<S: Simd>(&self, simd: S, panel: &Panel) {
             let mut row = 0;
+            let mut next = self.next::<S>(panel, self.rows.inputs.len().div_ceil($most));
             for (size, times) in tiles(self.rows.inputs.len(), $most) {
                 match size {
                     $(size if size == $top + $below => for _ in 0..times {
                         // SAFETY: tiles cover the rows; the rest is the contract of `gemm`.
-                        unsafe { self.tile::<S, $top, $below, $vectors>(simd, panel, row) };
+                        unsafe { self.tile::<S, $top, $below, $vectors>(simd, panel, row, &mut next) };
                         row += $top + $below;
                     },)*
                     _ => {}
@@ -621,6 +631,7 @@ impl Product<'_> {
         simd: S,
         panel: &Panel,
         row: usize,
+        next: &mut Next,
     ) {
         let lanes = S::F32_LANES;
         let run = self.packed.depth / self.taps.len();
@@ -651,6 +662,10 @@ impl Product<'_> {
                         }
                     }
                     weights = weights.add(NV * lanes);
+                    if lanes == 16 {
+                        prefetch_far(next.at);
+                        next.at = next.at.wrapping_add(next.step);
+                    }
                     for r in 0..TOP {
                         let value = simd.splat_f32s(*top_pixels[r].add(k));
                         for v in 0..NV {
@@ -667,6 +682,16 @@ impl Product<'_> {
             }
             self.finish::<S, TOP, NV>(simd, panel, row, top);
             self.finish::<S, BELOW, NV>(simd, panel, row + TOP, below);
+        }
+    }
+
+    /// What the `tiles` tiles of a panel ask for.
+    #[inline(always)]
+    fn next<S: Simd>(&self, panel: &Panel, tiles: usize) -> Next {
+        let end = panel.offset + self.packed.panel_len(panel);
+        Next {
+            at: self.packed.pointer().wrapping_add(end),
+            step: (panel.vectors * S::F32_LANES).div_ceil(tiles.max(1)),
         }
     }
 
