@@ -457,9 +457,9 @@ fn winograd_equals_a_plain_loop() {
             let (input, mut output, residual) = case.batches(&mut rng, conv.border(case.output));
             let tiles = case.count * conv.tiles(case.output);
             let chunk = rng.random_range(1..=tiles);
-            let [transformed, products] = conv.scratch_per_tile();
-            let mut transformed = vec![f32::NAN; transformed * chunk];
-            let mut products = vec![f32::NAN; products * chunk];
+            let [transformed, products] = conv.scratch(chunk);
+            let mut transformed = vec![f32::NAN; transformed];
+            let mut products = vec![f32::NAN; products];
             let scratch = Scratch {
                 transformed: transformed.as_mut_ptr(),
                 products: products.as_mut_ptr(),

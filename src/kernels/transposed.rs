@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use super::isa::{Isa, load, store};
+use super::isa::{Isa, load, prefetch, prefetch_far, store};
 
 /// Columns of a panel.
 pub const PANEL: usize = 16;
@@ -173,6 +173,17 @@ impl Product {
         let mut sums = [[simd.splat_f32s(0.0); NV]; MR];
         // SAFETY: the contract of `product`.
         unsafe {
+            if self.add {
+                for r in 0..MR {
+                    let out = self.out.add((k + r) * self.leading + n);
+                    prefetch(out, NV * lanes);
+                }
+            }
+            // The next panel of the left side, half of it in each of the two tiles of this one: it lies in
+            // a cache that is far, and a processor does not look ahead from a panel to the next.
+            let half = k % PANEL / 8 * (self.rows / 2) * PANEL;
+            let next = (k / PANEL + 1) * self.a.stride + half;
+            let mut next = self.a.pointer.wrapping_add(next);
             let mut a = self.a.pointer.add(k / PANEL * self.a.stride + k % PANEL);
             let mut z = self.z.pointer.add(n / PANEL * self.z.stride);
             for _ in 0..self.rows {
@@ -186,6 +197,10 @@ impl Product {
                     for (sum, column) in sums.iter_mut().zip(columns) {
                         *sum = simd.mul_add_e_f32s(value, column, *sum);
                     }
+                }
+                if lanes == PANEL {
+                    prefetch_far(next);
+                    next = next.wrapping_add(PANEL / 2);
                 }
                 a = a.add(PANEL);
                 z = z.add(PANEL);

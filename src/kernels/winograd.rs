@@ -27,8 +27,17 @@ pub struct Winograd {
     weights: Vec<Packed>,
 }
 
+/// Values of a line of the cache. Frequencies lie one line more apart than they take: at powers of two
+/// all would be in the same set of the cache, which does not hold so many.
+pub const LINE: usize = 16;
+
+/// Values from a frequency of so many tiles to the next.
+pub(super) fn apart(tiles: usize, channels: usize) -> usize {
+    tiles * channels + LINE
+}
+
 /// Scratch for a chunk of tiles: transformed inputs `[T², tiles, inputs]`, products
-/// `[T², tiles, outputs]`.
+/// `[T², tiles, outputs]`, each frequency [`LINE`] values after the last.
 pub struct Scratch {
     pub transformed: *mut f32,
     pub products: *mut f32,
@@ -146,10 +155,15 @@ impl Winograd {
         self.tile * self.tile
     }
 
-    /// Values of scratch for each tile: transformed and products.
-    pub fn scratch_per_tile(&self) -> [usize; 2] {
-        let frequencies = self.frequencies();
-        [frequencies * self.inputs, frequencies * self.outputs]
+    /// Values of scratch for so many tiles: transformed and products.
+    pub fn scratch(&self, tiles: usize) -> [usize; 2] {
+        [self.inputs, self.outputs].map(|channels| self.frequencies() * apart(tiles, channels))
+    }
+
+    /// Tiles for which so many values of scratch suffice.
+    pub fn tiles_within(&self, values: usize) -> usize {
+        let lines = 2 * LINE;
+        (values / self.frequencies()).saturating_sub(lines) / (self.inputs + self.outputs)
     }
 
     /// First phase: transforms input tiles, counted through all images, `chunk` being the tiles
@@ -189,12 +203,10 @@ impl Winograd {
         rows.clear();
         // SAFETY: the scratch's frequency holds `scratch.tiles` rows.
         unsafe {
-            let input = scratch
-                .transformed
-                .add(frequency * scratch.tiles * self.inputs);
-            let output = scratch
-                .products
-                .add(frequency * scratch.tiles * self.outputs);
+            let input = apart(scratch.tiles, self.inputs) * frequency;
+            let input = scratch.transformed.add(input);
+            let output = apart(scratch.tiles, self.outputs) * frequency;
+            let output = scratch.products.add(output);
             for tile in 0..count {
                 let (from, to) = (tile * self.inputs, tile * self.outputs);
                 rows.push(input.add(from), output.add(to), None);
@@ -359,7 +371,7 @@ impl Transform<'_> {
         let inputs = self.conv.inputs;
         let layout = &self.input.layout;
         let row = layout.row_stride();
-        let frequency = self.scratch.tiles * inputs;
+        let frequency = apart(self.scratch.tiles, inputs);
         for tile in self.tiles.clone() {
             let [image, y, x] = place(self.conv, layout.dims, tile);
             // SAFETY: the tile begins a row above and a column before its first output pixel.
@@ -449,7 +461,7 @@ impl Finish<'_> {
         let outputs = self.conv.outputs;
         let layout = &self.output.layout;
         let Dims { h, w, .. } = layout.dims;
-        let frequency = self.scratch.tiles * outputs;
+        let frequency = apart(self.scratch.tiles, outputs);
         for tile in self.tiles.clone() {
             let [image, y, x] = place(self.conv, layout.dims, tile);
             let rows = (T - 2).min(h - y);

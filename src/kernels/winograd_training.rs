@@ -12,12 +12,10 @@ use pulp::{Simd, WithSimd};
 use super::gemm::{Epilogue, Packed, Rows, gemm};
 use super::isa::{Isa, load, prefetch, store};
 use super::transposed::PANEL;
-use super::winograd::{A, AA, B, BB, input_transform, kernel_transform, output_transform};
+use super::winograd::{
+    A, AA, B, BB, LINE, apart, input_transform, kernel_transform, output_transform,
+};
 use super::{Source, Target};
-
-/// Values of a line of the cache. Frequencies lie one line more apart than they take: at powers of two
-/// all would be in the same set of the cache, which does not hold so many.
-pub const LINE: usize = 16;
 
 /// Tiles of T rows and columns, 6 or 4.
 #[derive(Clone, Copy, Debug)]
@@ -50,7 +48,7 @@ impl Tiles {
 
     /// Values of the products of so many tiles with weights for so many outputs.
     pub fn products_len(&self, count: usize, outputs: usize) -> usize {
-        self.frequencies() * products_apart(count, outputs)
+        self.frequencies() * apart(count, outputs)
     }
 
     /// Rows of a strip that the tiles read: one above, and as far as the last tile reaches.
@@ -71,11 +69,6 @@ pub struct TilePanels {
     /// From a frequency to the next, and from a panel to the next.
     pub frequency: usize,
     pub panel: usize,
-}
-
-/// From the products of a frequency to those of the next.
-fn products_apart(count: usize, outputs: usize) -> usize {
-    count * outputs + LINE
 }
 
 /// What a tile is transformed by.
@@ -237,7 +230,7 @@ pub unsafe fn multiply(
     rows: &mut Rows,
 ) {
     let panels = weights.depth / PANEL;
-    let apart = products_apart(count, outputs);
+    let apart = apart(count, outputs);
     let taps: Vec<usize> = (0..panels).map(|panel| panel * from.panel).collect();
     let nothing = Epilogue {
         bias: &[],
@@ -315,7 +308,7 @@ impl Finish<'_> {
     unsafe fn tiles<S: Simd, const T: usize>(&self, simd: S) {
         let layout = &self.output.layout;
         let channels = layout.dims.c;
-        let frequency = products_apart(self.count, channels);
+        let frequency = apart(self.count, channels);
         for index in 0..self.tiles.count() {
             let y = index / self.tiles.columns * (T - 2);
             let x = index % self.tiles.columns * (T - 2);

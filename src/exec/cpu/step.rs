@@ -568,10 +568,10 @@ impl Run<'_> {
         tiles: usize,
         workers: usize,
     ) {
-        let [inputs_each, outputs_each] = conv.scratch_per_tile();
-        let most = (WORKER_VALUES / (inputs_each + outputs_each)).max(WORKER_TILES);
+        let most = conv.tiles_within(WORKER_VALUES).max(WORKER_TILES);
+        let [transformed, products] = conv.scratch(most);
         // No two workers write to one cache line.
-        let each = (most * (inputs_each + outputs_each)).next_multiple_of(64);
+        let each = (transformed + products).next_multiple_of(64);
         scratch.reserve(workers * each);
         let memory = Memory(scratch.write(0..workers * each).as_mut_ptr());
         let shares = Shares::new(tiles, workers);
@@ -582,7 +582,7 @@ impl Run<'_> {
                 unsafe {
                     let scratch = winograd::Scratch {
                         transformed: memory.at(index * each),
-                        products: memory.at(index * each + most * inputs_each),
+                        products: memory.at(index * each + transformed),
                         tiles: most,
                     };
                     while let Some(part) = shares.next(index, most, tiles) {
@@ -608,10 +608,10 @@ impl Run<'_> {
         tiles: usize,
     ) {
         let Self { inputs, output, .. } = *self;
-        let [inputs_each, outputs_each] = conv.scratch_per_tile();
-        scratch.reserve(tiles * (inputs_each + outputs_each));
-        let values = scratch.write(0..tiles * (inputs_each + outputs_each));
-        let (transformed, products) = values.split_at_mut(tiles * inputs_each);
+        let [transformed, products] = conv.scratch(tiles);
+        scratch.reserve(transformed + products);
+        let values = scratch.write(0..transformed + products);
+        let (transformed, products) = values.split_at_mut(transformed);
         let scratch = winograd::Scratch {
             transformed: transformed.as_mut_ptr(),
             products: products.as_mut_ptr(),

@@ -21,9 +21,8 @@ use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::{Epilogue, Packed, Rows, gemm};
 use crate::kernels::memory::in_large_pages;
 use crate::kernels::transposed::{self, PANEL, Panels, pack_row, padded};
-use crate::kernels::winograd_training::{
-    self, Frequencies, LINE, Side, TilePanels, TileSums, Tiles,
-};
+use crate::kernels::winograd::LINE;
+use crate::kernels::winograd_training::{self, Frequencies, Side, TilePanels, TileSums, Tiles};
 use crate::kernels::{
     Dims, Isa, Layout, Source, Target, Window, depthwise_gradient, prefetch, rowwise,
 };
