@@ -19,6 +19,9 @@ use super::params::fetch;
 use crate::graph::{Activation, Conv2d, Graph, NodeId, Op, Padding, Pool2d};
 use crate::kernels::resample;
 
+/// Terms that a product on the CPU may add up in one chain.
+const CHAIN: usize = 256;
+
 /// A network whose parameters are candle tensors.
 pub struct Eager {
     graph: Graph,
@@ -276,8 +279,8 @@ impl Eager {
                 let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
                 centred
                     .broadcast_div(&(variance + eps)?.sqrt()?)?
-                    .broadcast_mul(&parameters[0])?
-                    .broadcast_add(&parameters[1])
+                    .broadcast_mul(&for_sequences(&parameters[0], x)?)?
+                    .broadcast_add(&for_sequences(&parameters[1], x)?)
             }
             Op::SelfAttention { dim, heads } => {
                 let [in_weight, in_bias, out_weight, out_bias] = four(parameters);
@@ -325,9 +328,22 @@ fn four(parameters: &[Tensor]) -> [&Tensor; 4] {
     ]
 }
 
-/// A vector over the channels, shaped to broadcast over `[N, C, H, W]`.
-fn per_channel(vector: &Tensor) -> Result<Tensor> {
-    vector.reshape((1, (), 1, 1))
+/// A vector over the channels, shaped to broadcast over `x` `[N, C, H, W]`: `[N, C, 1, 1]`.
+///
+/// What is broadcast at once is summed at once on the way back, and candle adds up all images' pixels in one
+/// long chain, which loses digits; so each image's are summed first, then the images.
+fn per_channel(vector: &Tensor, x: &Tensor) -> Result<Tensor> {
+    vector
+        .reshape((1, (), 1, 1))?
+        .broadcast_as((x.dim(0)?, x.dim(1)?, 1, 1))
+}
+
+/// A vector over the features, shaped to broadcast over `x` `[N, T, D]`, for the same reason `[N, 1, D]`.
+fn for_sequences(vector: &Tensor, x: &Tensor) -> Result<Tensor> {
+    match *x.dims() {
+        [n, _, d] => vector.reshape((1, 1, ()))?.broadcast_as((n, 1, d)),
+        _ => Ok(vector.clone()),
+    }
 }
 
 fn normalize(
@@ -340,8 +356,8 @@ fn normalize(
 ) -> Result<Tensor> {
     let scale = (weight / (variance + eps)?.sqrt()?)?;
     let shift = (bias - (mean * &scale)?)?;
-    x.broadcast_mul(&per_channel(&scale)?)?
-        .broadcast_add(&per_channel(&shift)?)
+    x.broadcast_mul(&per_channel(&scale, x)?)?
+        .broadcast_add(&per_channel(&shift, x)?)
 }
 
 /// Batch norm on the batch's statistics; also the updated running mean and (unbiased) variance.
@@ -363,12 +379,12 @@ fn train_batch_norm(
     // Along one axis after the other: sums of few values at a time lose fewer digits.
     let mean_of = |x: &Tensor| x.mean_keepdim(3)?.mean_keepdim(2)?.mean_keepdim(0);
     let mean = mean_of(x)?;
-    let centred = x.broadcast_sub(&mean)?;
+    let centred = x.broadcast_sub(&per_channel(&mean, x)?)?;
     let variance = mean_of(&centred.sqr()?)?;
-    let scale = (per_channel(weight)? / (&variance + eps)?.sqrt()?)?;
+    let scale = (weight.reshape((1, (), 1, 1))? / (&variance + eps)?.sqrt()?)?;
     let y = centred
-        .broadcast_mul(&scale)?
-        .broadcast_add(&per_channel(bias)?)?;
+        .broadcast_mul(&per_channel(&scale, x)?)?
+        .broadcast_add(&per_channel(bias, x)?)?;
     let unbiased = (variance.detach().flatten_all()? * (count as f64 / (count - 1) as f64))?;
     let blend = |old: &Tensor, new: &Tensor| (old.detach() * (1.0 - momentum))? + (new * momentum)?;
     let running = [
@@ -402,15 +418,45 @@ fn clip(x: &Tensor) -> Result<Tensor> {
 fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let mut dims = x.dims().to_vec();
     let rows = x.reshape(((), x.dim(D::Minus1)?))?;
-    let y = rows.matmul(&weight.t()?)?;
-    let y = match bias {
-        Some(bias) => y.broadcast_add(bias)?,
-        None => y,
-    };
     if let Some(last) = dims.last_mut() {
         *last = weight.dim(0)?;
     }
-    y.reshape(dims)
+    let y = in_parts(&rows, weight)?.reshape(dims)?;
+    match bias {
+        Some(bias) => y.broadcast_add(&for_sequences(bias, &y)?),
+        None => Ok(y),
+    }
+}
+
+/// `rows` `[R, in]` times the transposed weight `[out, in]`, in parts along all three: each is what is summed
+/// over in the product itself or in one of its gradients, and candle's sums on the CPU are long chains.
+fn in_parts(rows: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    if !rows.device().is_cpu() {
+        return rows.matmul(&weight.t()?);
+    }
+    let along = |tensor: &Tensor, dim: usize| -> Result<Vec<Tensor>> {
+        tensor.chunk(tensor.dim(dim)?.div_ceil(CHAIN), dim)
+    };
+    let weights = along(weight, 0)?
+        .iter()
+        .map(|outputs| along(outputs, 1))
+        .collect::<Result<Vec<_>>>()?;
+    let line = |rows: &Tensor| {
+        let inputs = along(rows, 1)?;
+        let block = |weights: &Vec<Tensor>| {
+            let mut products = inputs.iter().zip(weights).map(|(x, w)| x.matmul(&w.t()?));
+            let first = products.next().expect("a layer has inputs")?;
+            products.try_fold(first, |sum, product| sum + product?)
+        };
+        Tensor::cat(&weights.iter().map(block).collect::<Result<Vec<_>>>()?, 1)
+    };
+    Tensor::cat(
+        &along(rows, 0)?
+            .iter()
+            .map(line)
+            .collect::<Result<Vec<_>>>()?,
+        0,
+    )
 }
 
 fn conv2d(c: &Conv2d, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -436,7 +482,7 @@ fn conv2d(c: &Conv2d, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Res
         grouped(c, x, weight)?
     };
     match bias {
-        Some(bias) => y.broadcast_add(&per_channel(bias)?),
+        Some(bias) => y.broadcast_add(&per_channel(bias, &y)?),
         None => Ok(y),
     }
 }
@@ -447,7 +493,7 @@ fn depthwise(c: &Conv2d, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let weight = weight.reshape((c.out_channels, taps.len()))?;
     let mut sum: Option<Tensor> = None;
     for (index, tap) in taps.iter().enumerate() {
-        let scale = per_channel(&weight.narrow(1, index, 1)?.contiguous()?)?;
+        let scale = per_channel(&weight.narrow(1, index, 1)?.contiguous()?, tap)?;
         let product = tap.broadcast_mul(&scale)?;
         sum = Some(match sum {
             Some(sum) => (sum + product)?,
