@@ -435,7 +435,7 @@ fn in_parts(rows: &Tensor, weight: &Tensor) -> Result<Tensor> {
         return rows.matmul(&weight.t()?);
     }
     let along = |tensor: &Tensor, dim: usize| -> Result<Vec<Tensor>> {
-        tensor.chunk(tensor.dim(dim)?.div_ceil(CHAIN), dim)
+        tensor.chunk(tensor.dim(dim)?.div_ceil(CHAIN).max(1), dim)
     };
     let weights = along(weight, 0)?
         .iter()
@@ -450,13 +450,8 @@ fn in_parts(rows: &Tensor, weight: &Tensor) -> Result<Tensor> {
         };
         Tensor::cat(&weights.iter().map(block).collect::<Result<Vec<_>>>()?, 1)
     };
-    Tensor::cat(
-        &along(rows, 0)?
-            .iter()
-            .map(line)
-            .collect::<Result<Vec<_>>>()?,
-        0,
-    )
+    let rows = along(rows, 0)?;
+    Tensor::cat(&rows.iter().map(line).collect::<Result<Vec<_>>>()?, 0)
 }
 
 fn conv2d(c: &Conv2d, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
