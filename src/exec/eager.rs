@@ -4,7 +4,8 @@
 //! Where a candle operation is wrong or cannot be differentiated (grouped convolutions cost a
 //! kernel a group, max-pooling's gradient is scaled wrongly and refused for overlapping windows,
 //! the fused layer norm and softmax cut the graph), the result is composed from operations that
-//! are right.
+//! are right. Sums that candle would add up in one long chain are made in parts, so that
+//! gradients are as near to float64 as PyTorch's.
 
 use std::collections::BTreeMap;
 
