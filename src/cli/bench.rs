@@ -163,7 +163,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         other => other?,
     };
     let mut load = started.elapsed();
-    let device = global.device.open()?;
+    let device = global.device()?;
     let size = arguments
         .image_size
         .map_or(model.preprocessing.crop, NonZeroUsize::get);

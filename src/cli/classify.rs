@@ -141,7 +141,7 @@ pub fn run(global: &Global, arguments: Arguments) -> anyhow::Result<Outcome> {
     let started = Instant::now();
     let model = resolve(&global.request())?;
     global.report_weights(&model);
-    let device = global.device.open()?;
+    let device = global.device()?;
     // Decoding begins while the network is made ready.
     let inputs = inputs.filter(move |found| {
         let name = match found {

@@ -39,7 +39,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     };
     let model = resolve(&global.request())?;
     global.report_weights(&model);
-    let device = global.device.open()?;
+    let device = global.device()?;
     let decoder = arguments.images.decoder(global.exact);
     let loader = Loader::start(inputs, decoder, model.preprocessing, global.threads())
         .context("cannot start threads")?;

@@ -129,7 +129,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         ..sample
     });
     global.report_weights(&model);
-    let device = global.device.open()?;
+    let device = global.device()?;
     let size = [model.preprocessing.crop; 2];
     let runner = model.runner(&device, size, global.plan_options())?;
     let samples: Arc<[Sample]> = samples.collect();

@@ -77,7 +77,7 @@ struct Explainer<'a> {
 pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     let model = resolve(&global.request())?;
     global.report_weights(&model);
-    let inside = Inside::new(&model, &global.device.open()?)?;
+    let inside = Inside::new(&model, &global.device()?)?;
     let mut nodes = inside.graph().nodes().iter();
     let attends = nodes.any(|node| matches!(node.op, Op::SelfAttention { .. }));
     let method = arguments.method.unwrap_or(match attends {

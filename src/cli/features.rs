@@ -72,7 +72,7 @@ enum Format {
 pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     let model = resolve(&global.request())?;
     global.report_weights(&model);
-    let inside = Inside::new(&model, &global.device.open()?)?;
+    let inside = Inside::new(&model, &global.device()?)?;
     let mut nodes = Vec::new();
     for name in &arguments.layer {
         nodes.push(inside.find(name).context("--layer")?);

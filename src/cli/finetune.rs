@@ -14,6 +14,7 @@ use toml::Table;
 
 use super::{DEFAULT_MODEL, Global, Outcome, ReportFormat, complain};
 use crate::data::{Dataset, Skipped, default_cache_bytes};
+use crate::exec::check_precision;
 use crate::exec::params::{LoadReport, TensorSource};
 use crate::hub::Hub;
 use crate::models::Preprocessing;
@@ -390,7 +391,7 @@ struct Prepared {
 
 fn prepare(global: &Global, arguments: &Arguments) -> anyhow::Result<Prepared> {
     let given = given(global, arguments)?;
-    let device = global.device.open()?;
+    let device = global.device()?;
     let mut notes = Vec::new();
     let hub = global.hub();
     let (settings, dataset, state, out) = if arguments.resume {
@@ -443,6 +444,7 @@ fn prepare(global: &Global, arguments: &Arguments) -> anyhow::Result<Prepared> {
         }
         None => starting_point(&settings, &dataset, global.hub(), &mut notes)?,
     };
+    check_precision(&device, settings.precision)?;
     let settings = Settings {
         image_size: Some(model.preprocessing.crop),
         ..settings
@@ -507,6 +509,9 @@ fn given(global: &Global, arguments: &Arguments) -> anyhow::Result<Table> {
     }
     if global.exact {
         given.insert("exact".into(), true.into());
+    }
+    if let Some(precision) = global.precision {
+        given.insert("precision".into(), precision.to_string().into());
     }
     Ok(given)
 }

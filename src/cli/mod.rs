@@ -23,10 +23,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anstream::{AutoStream, ColorChoice};
+use candle_core::Device;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::exec::DeviceChoice;
 use crate::exec::cpu::Options;
+use crate::exec::{DeviceChoice, DeviceError, Precision, check_precision};
 use crate::hub::Hub;
 use crate::ranks::Ranks;
 use crate::weights::{Model, Request, WeightsChoice};
@@ -92,6 +93,9 @@ struct Global {
     /// Where to compute: auto, cpu, cuda, cuda:N or metal
     #[arg(long, global = true, value_name = "DEVICE", default_value = "auto")]
     device: DeviceChoice,
+    /// Numbers that a CUDA device computes with [default: f32]
+    #[arg(long, global = true, value_enum, value_name = "PRECISION")]
+    precision: Option<Precision>,
     /// Threads [default: the cores that this process may use]
     #[arg(short = 'j', long, global = true, value_name = "N")]
     threads: Option<NonZeroUsize>,
@@ -229,9 +233,18 @@ impl Global {
         self.threads.map_or_else(cores, NonZeroUsize::get)
     }
 
-    /// How the CPU computes.
+    /// How networks are computed.
     fn plan_options(&self) -> Options {
-        Options::threads(self.threads()).exact(self.exact)
+        Options::threads(self.threads())
+            .exact(self.exact)
+            .precision(self.precision.unwrap_or_default())
+    }
+
+    /// Opens the device.
+    fn device(&self) -> Result<Device, DeviceError> {
+        let device = self.device.open()?;
+        check_precision(&device, self.precision.unwrap_or_default())?;
+        Ok(device)
     }
 
     /// Standard output, with colours or without.

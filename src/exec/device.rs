@@ -3,6 +3,8 @@ use std::str::FromStr;
 
 use candle_core::Device;
 
+use super::Precision;
+
 /// `--device`: where to compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceChoice {
@@ -28,6 +30,10 @@ pub enum DeviceError {
         choice: DeviceChoice,
         reason: String,
     },
+    #[error(
+        "--precision {precision}: only CUDA devices compute so (leave it out, or give --device cuda)"
+    )]
+    Precision { precision: Precision },
 }
 
 impl DeviceChoice {
@@ -61,6 +67,15 @@ impl DeviceChoice {
                 .unwrap_or(Device::Cpu)),
         }
     }
+}
+
+/// # Errors
+/// Where the device does not compute so.
+pub fn check_precision(device: &Device, precision: Precision) -> Result<(), DeviceError> {
+    if precision == Precision::F32 || device.is_cuda() {
+        return Ok(());
+    }
+    Err(DeviceError::Precision { precision })
 }
 
 impl FromStr for DeviceChoice {

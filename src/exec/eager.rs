@@ -361,6 +361,13 @@ fn normalize(
         .broadcast_add(&per_channel(&shift, x)?)
 }
 
+/// What is wrong with a batch of one value a channel.
+pub(super) fn too_few_for_variance(layer: &str) -> String {
+    format!(
+        "layer {layer}: one value a channel has no variance to train on (use a larger batch or larger images)"
+    )
+}
+
 /// Batch norm on the batch's statistics; also the updated running mean and (unbiased) variance.
 fn train_batch_norm(
     name: &str,
@@ -373,9 +380,7 @@ fn train_batch_norm(
     let (n, _, h, w) = x.dims4()?;
     let count = n * h * w;
     if count < 2 {
-        bail!(
-            "layer {name}: one value a channel has no variance to train on (use a larger batch or larger images)"
-        );
+        bail!("{}", too_few_for_variance(name));
     }
     // Along one axis after the other: sums of few values at a time lose fewer digits.
     let mean_of = |x: &Tensor| x.mean_keepdim(3)?.mean_keepdim(2)?.mean_keepdim(0);

@@ -2,11 +2,12 @@ use candle_core::{Device, Tensor};
 use candle_nn::var_builder::VarBuilder;
 
 use super::cpu::{Options, Plan, PlanError};
-use super::eager::{Eager, Mode, Observed};
+use super::eager::Eager;
+use super::memory::with_advice;
 use crate::graph::{Graph, NodeId};
 
 /// A network ready to classify images of one size, on whichever device: the compiled plan on the
-/// CPU, candle's operations elsewhere.
+/// CPU, kernels of our own on a CUDA device, candle's operations elsewhere.
 pub struct Runner {
     engine: Engine,
     size: [usize; 2],
@@ -14,7 +15,9 @@ pub struct Runner {
 
 enum Engine {
     Cpu(Box<Plan>),
-    Device(Eager, Device, NodeId),
+    #[cfg(feature = "cuda")]
+    Cuda(super::cuda::CudaNetwork, Device),
+    Device(Eager, Device),
 }
 
 impl Runner {
@@ -30,7 +33,8 @@ impl Runner {
         output: NodeId,
         options: Options,
     ) -> Result<Self, PlanError> {
-        let engine = if vb.device().is_cpu() {
+        let device = vb.device().clone();
+        let engine = if device.is_cpu() {
             Engine::Cpu(Box::new(Plan::compile(
                 &graph,
                 vb,
@@ -39,8 +43,16 @@ impl Runner {
                 options,
             )?))
         } else {
+            let graph = graph.until(output);
             graph.shapes(size[0], size[1])?;
-            Engine::Device(Eager::new(graph, vb)?, vb.device().clone(), output)
+            match device {
+                #[cfg(feature = "cuda")]
+                Device::Cuda(_) => {
+                    let network = super::cuda::CudaNetwork::new(graph, vb, options.precision)?;
+                    Engine::Cuda(network, device)
+                }
+                _ => Engine::Device(Eager::new(graph, vb)?, device),
+            }
         };
         Ok(Self { engine, size })
     }
@@ -49,38 +61,40 @@ impl Runner {
     pub fn plan(&self) -> Option<&Plan> {
         match &self.engine {
             Engine::Cpu(plan) => Some(plan),
-            Engine::Device(..) => None,
+            _ => None,
         }
     }
 
     /// The output, `[count, features]` where it is a vector, of images `[count, H, W, 3]`.
     ///
     /// # Errors
-    /// Where the device fails.
+    /// Where the device fails; where its memory is too small, with the batch that would fit.
     pub fn run(&mut self, images: &[f32], count: usize) -> candle_core::Result<Vec<f32>> {
         match &mut self.engine {
             Engine::Cpu(plan) => {
                 plan.run(images, count);
                 Ok(plan.output(0).to_vec())
             }
-            Engine::Device(eager, device, output) => {
+            #[cfg(feature = "cuda")]
+            Engine::Cuda(network, device) => {
                 let [h, w] = self.size;
-                let images = Tensor::from_slice(images, (count, h, w, 3), device)?
-                    .permute((0, 3, 1, 2))?
-                    .contiguous()?;
-                let mut found = None;
-                eager.forward_observed(&images, Mode::Eval, &mut |id, observed| {
-                    if let Observed::Output(value) = observed
-                        && id == *output
-                    {
-                        found = Some(value.clone());
-                    }
-                    Ok(())
-                })?;
-                match found {
-                    Some(value) => value.flatten_all()?.to_vec1(),
-                    None => Ok(Vec::new()),
-                }
+                let pass = |count: usize| {
+                    let images = &images[..count * h * w * 3];
+                    let images = Tensor::from_slice(images, (count, h, w, 3), device)?;
+                    network.forward(&images)?.flatten_all()?.to_vec1()
+                };
+                with_advice(pass(count), count, |count| pass(count).map(drop))
+            }
+            Engine::Device(eager, device) => {
+                let [h, w] = self.size;
+                let pass = |count: usize| {
+                    let images = &images[..count * h * w * 3];
+                    let images = Tensor::from_slice(images, (count, h, w, 3), device)?
+                        .permute((0, 3, 1, 2))?
+                        .contiguous()?;
+                    eager.forward(&images)?.flatten_all()?.to_vec1()
+                };
+                with_advice(pass(count), count, |count| pass(count).map(drop))
             }
         }
     }

@@ -229,8 +229,8 @@ impl TrainingStep for EagerStep {
     }
 }
 
-/// The way to train a network where its tensors are: a compiled plan on the CPU, candle's
-/// operations elsewhere.
+/// The way to train a network where its tensors are: a compiled plan on the CPU, kernels of our own on a
+/// CUDA device, candle's operations elsewhere.
 ///
 /// # Errors
 /// Where `variables` are those of another graph, or threads cannot be started.
@@ -240,11 +240,15 @@ pub fn training_step(
     options: Options,
 ) -> Result<Box<dyn TrainingStep>> {
     let mut tensors = variables.tensors().values();
-    Ok(if tensors.all(|tensor| tensor.device().is_cpu()) {
-        Box::new(PlanStep::new(graph, variables, options)?)
-    } else {
-        Box::new(EagerStep::new(graph, variables)?)
-    })
+    if tensors.all(|tensor| tensor.device().is_cpu()) {
+        return Ok(Box::new(PlanStep::new(graph, variables, options)?));
+    }
+    #[cfg(feature = "cuda")]
+    if variables.tensors().values().all(|t| t.device().is_cuda()) {
+        let step = super::cuda::CudaStep::new(graph, variables, options.precision)?;
+        return Ok(Box::new(step));
+    }
+    Ok(Box::new(EagerStep::new(graph, variables)?))
 }
 
 /// [`TrainingStep`] of the head alone: dropout and a linear layer over features `[N, F]`, which

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use super::error::TrainError;
@@ -30,7 +31,7 @@ use crate::data::{
 };
 use crate::exec::cpu::{Options, PlanError};
 use crate::exec::params::{Params, TensorMap, TensorSource};
-use crate::exec::{HeadStep, Others, Runner, TrainingStep, Variables, training_step};
+use crate::exec::{HeadStep, Others, Runner, TrainingStep, Variables, training_step, with_advice};
 use crate::graph::Graph;
 use crate::ranks::{Ranks, share};
 use crate::weights::{Description, WeightsError, write_tensors, write_whole};
@@ -154,6 +155,13 @@ impl Run {
         fingerprint(&self.settings.data, classes, &[train, validation])
     }
 
+    /// How networks are computed.
+    fn options(&self) -> Options {
+        Options::threads(self.threads)
+            .exact(self.settings.exact)
+            .precision(self.settings.precision)
+    }
+
     /// Of each image of the plan, at most `limit` bytes in all are kept.
     pub(super) fn batch_plan(
         &self,
@@ -269,7 +277,7 @@ impl Fitting {
             path: "threads".into(),
             error,
         })?;
-        let options = Options::threads(run.threads).exact(settings.exact);
+        let options = run.options();
         let limit = CacheLimit::new(run.cache_bytes);
         let head_only = settings.freeze == "backbone";
         let fits = settings.head == HeadStart::Fit && state.is_none();
@@ -572,7 +580,8 @@ impl Fitting {
                 absent,
             })?;
         }
-        let logits = self.step.forward(&batch.tensor, dropout)?;
+        let outcome = self.step.forward(&batch.tensor, dropout);
+        let logits = with_advice(outcome, own, |count| self.probe(&batch.tensor, count))?;
         let (mut loss, mut at_logits, correct) = if absent {
             (0.0, logits.zeros_like()?, 0.0)
         } else {
@@ -593,7 +602,7 @@ impl Fitting {
         let workers = &self.workers;
         let accumulates = self.run.settings.accumulate > 1;
         let mut exchange = ranks.others().filter(|_| last).map(Exchange::new);
-        self.step.backward(&at_logits, &mut |index, gradient| {
+        let outcome = self.step.backward(&at_logits, &mut |index, gradient| {
             if let Some(exchange) = &mut exchange {
                 return match gradients[index].take() {
                     Some(sum) if absent => exchange.add(index, sum, false),
@@ -612,6 +621,10 @@ impl Fitting {
                 empty => *empty = Some(gradient),
             }
             Ok(())
+        });
+        with_advice(outcome, own, |count| {
+            gradients.fill(None);
+            self.probe(&batch.tensor, count)
         })?;
         if let Some(exchange) = exchange {
             exchange.finish(gradients, &self.run.device)?;
@@ -619,6 +632,16 @@ impl Fitting {
         // Last, when the gradients' sums have made the ranks wait for each other anyway.
         let [loss, correct] = ranks.sum([loss, correct]);
         Ok(learned(loss, correct, total))
+    }
+
+    /// Whether a step of so many of these images has room: what it computes is of no use.
+    fn probe(&mut self, images: &Tensor, count: usize) -> candle_core::Result<()> {
+        let images = images.narrow(0, 0, count)?.contiguous()?;
+        let logits = self
+            .step
+            .forward(&images, &mut ChaCha8Rng::seed_from_u64(0))?;
+        self.step
+            .backward(&logits.zeros_like()?, &mut |_, _| Ok(()))
     }
 
     /// Puts the sums over all ranks in the place of gradients.
@@ -707,20 +730,26 @@ impl Fitting {
         let mut before = 0;
         let mut ready = Vec::with_capacity(gradients.len());
         let mut squares = 0.0;
+        let mut on_device = Vec::new();
         for (gradient, (_, variable)) in gradients.iter_mut().zip(self.step.parameters()) {
             let gradient = match gradient.take() {
                 Some(gradient) => gradient,
                 None => variable.zeros_like()?,
             };
             if own.contains(&before) {
-                squares += if gradient.device().is_cpu() {
-                    self.workers.sum_of_squares(&gradient)?
+                if gradient.device().is_cpu() {
+                    squares += self.workers.sum_of_squares(&gradient)?;
                 } else {
-                    f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?)
-                };
+                    on_device.push(gradient.sqr()?.sum_all()?);
+                }
             }
             before += gradient.elem_count();
             ready.push(gradient);
+        }
+        if !on_device.is_empty() {
+            // All at once: to read one is to wait for the device.
+            let sums: Vec<f32> = Tensor::stack(&on_device, 0)?.to_vec1()?;
+            squares += sums.into_iter().map(f64::from).sum::<f64>();
         }
         let [squares] = ranks.sum([squares]);
         let norm = squares.sqrt() / count as f64;
@@ -799,7 +828,7 @@ impl Fitting {
             Validation::Images(plan) => {
                 let weights = Arc::new(TensorMap(self.kept_weights()));
                 let vb = Params::new(Some(weights), 0).var_builder(&self.run.device);
-                let options = Options::threads(self.run.threads).exact(self.run.settings.exact);
+                let options = self.run.options();
                 let output = self.graph.output();
                 let mut runner = Runner::new(self.graph.clone(), &vb, size, output, options)?;
                 let batches = plan.evaluation().map_err(|error| TrainError::Io {

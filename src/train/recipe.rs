@@ -91,6 +91,7 @@ pub fn complete(given: Table, facts: Facts) -> Result<(Settings, Option<String>)
         class_weights = "none"
         metric = "accuracy"
         exact = false
+        precision = "f32"
         seed = 0
     };
     let mut set = |key: &str, value: Value| all.insert(key.into(), value);

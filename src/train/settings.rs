@@ -3,6 +3,7 @@ use serde::{Deserialize, Serialize};
 use super::optimizer::Rule;
 use super::schedule::{Schedule, Shape};
 use crate::data::{Augment, Augmentation};
+use crate::exec::Precision;
 
 /// Everything that a run follows from, but for the machine: what config.toml holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -87,6 +88,9 @@ pub struct Settings {
     pub metric: Metric,
     /// No shortcut that changes digits.
     pub exact: bool,
+    /// What a CUDA device computes with.
+    #[serde(default)]
+    pub precision: Precision,
     pub seed: u64,
 }
 

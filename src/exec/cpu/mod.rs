@@ -40,6 +40,7 @@ use std::time::{Duration, Instant};
 
 use candle_nn::var_builder::VarBuilder;
 
+use crate::exec::Precision;
 use crate::graph::{Graph, GraphError, NodeId};
 use crate::kernels::memory::{Buffer, Slab};
 use crate::kernels::{Dims, Isa, Layout, Source, Target};
@@ -71,13 +72,15 @@ pub struct Plan {
 /// it, and weights that do not fit there should be read for several images at once.
 const CACHE_VALUES: usize = (24 << 20) / size_of::<f32>();
 
-/// How a plan computes.
+/// How a network is computed.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     pub threads: usize,
     /// No algorithm that changes digits (Winograd's).
     pub exact: bool,
     pub isa: Isa,
+    /// What a CUDA device computes with; the CPU computes in float32.
+    pub precision: Precision,
 }
 
 impl Options {
@@ -87,12 +90,18 @@ impl Options {
             threads: threads.max(1),
             exact: false,
             isa: Isa::detect(),
+            precision: Precision::F32,
         }
     }
 
     /// Without algorithms that change digits.
     pub fn exact(self, exact: bool) -> Self {
         Self { exact, ..self }
+    }
+
+    /// With these numbers on a CUDA device.
+    pub fn precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
     }
 }
 

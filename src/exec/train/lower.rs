@@ -14,6 +14,7 @@ use super::values::{Destination, Feed, Norm, NormId, OutputGradient, ParameterId
 use crate::exec::cpu::Options;
 use crate::exec::cpu::arena::{Lifetime, place};
 use crate::exec::cpu::lower::{layout, window};
+use crate::exec::eager::too_few_for_variance;
 use crate::graph::{Activation, Conv2d, Graph, NodeId, Op, Padding};
 use crate::kernels::{Dims, Isa, Window, resample};
 
@@ -721,10 +722,7 @@ impl Lowering<'_> {
         let batch = trained(first);
         let count = self.count * self.dims[id.index()].pixels();
         if batch && count < 2 {
-            bail!(
-                "layer {}: one value a channel has no variance to train on (use a larger batch or larger images)",
-                node.name
-            );
+            bail!("{}", too_few_for_variance(&node.name));
         }
         let Layer {
             blocks, output, z, ..

@@ -22,9 +22,6 @@ mod lower;
 mod operation;
 mod values;
 
-#[cfg(test)]
-mod tests;
-
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
