@@ -287,6 +287,8 @@ impl Update {
 mod tests {
     use super::*;
 
+    type Way<'a> = dyn Fn(&Update, &Var, &Tensor, &[Tensor]) -> Result<()> + 'a;
+
     /// Ten steps by each of the ways, from the same start.
     #[test]
     fn every_device_takes_the_same_steps() -> Result<()> {
@@ -313,7 +315,7 @@ mod tests {
         for rule in rules {
             let start = random()?;
             let gradients = (0..10).map(|_| random()).collect::<Result<Vec<_>>>()?;
-            let run = |step: &dyn Fn(&Update, &Var, &Tensor, &[Tensor]) -> Result<()>| {
+            let run = |step: &Way| {
                 let parameter = Var::from_tensor(&start.copy()?)?;
                 let zeros = rule.slots().iter().map(|_| start.zeros_like());
                 let state = zeros.collect::<Result<Vec<_>>>()?;
