@@ -7,7 +7,6 @@ use std::time::Duration;
 use clap::Parser;
 use clap::error::ErrorKind;
 use sconce::cli::{self, Cli};
-use sconce::ranks::Ranks;
 
 /// Time for the first of several processes to say what is wrong.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -21,10 +20,10 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    let ranks = match Ranks::join() {
+    let ranks = match cli.ranks() {
         Ok(ranks) => ranks,
         Err(error) => {
-            cli::complain(&error);
+            cli::complain(&format!("{error:#}"));
             return ExitCode::from(FAILURE);
         }
     };

@@ -19,53 +19,72 @@ use sconce::models::{Interpolation, Preprocessing};
 use sconce::train::{CrossEntropy, Group, Optimizer, Rule, Targets, Workers};
 
 /// A network to train: its graph without dropout, and its variables by formula.
-fn network(name: &str, classes: usize) -> (Graph, Variables) {
+fn network(name: &str, classes: usize, device: &Device) -> (Graph, Variables) {
     let architecture = registry::find(name).unwrap().row.architecture;
     let graph = architecture.graph(classes).without_dropout();
-    let vb = Params::new(Some(Formula::of(&graph)), 0).var_builder(&Device::Cpu);
+    let vb = Params::new(Some(Formula::of(&graph)), 0).var_builder(device);
     let variables = Variables::new(&graph, &vb, &BTreeSet::new()).unwrap();
     (graph, variables)
 }
 
-/// What makes a step for a network: every way of training goes through the same tests.
-type Make = fn(Graph, &Variables) -> Box<dyn TrainingStep>;
-
-fn eager(graph: Graph, variables: &Variables) -> Box<dyn TrainingStep> {
-    Box::new(EagerStep::new(graph, variables).unwrap())
+/// Every way of training goes through the same tests.
+#[derive(Clone, Copy)]
+enum Way {
+    Eager,
+    Plan,
+    /// On a device, or with its kernels on the CPU.
+    #[cfg(any(feature = "cuda", feature = "emulated"))]
+    Cuda,
 }
 
-fn plan(graph: Graph, variables: &Variables) -> Box<dyn TrainingStep> {
-    Box::new(PlanStep::new(graph, variables, Options::threads(2)).unwrap())
+impl Way {
+    fn device(self) -> Device {
+        match self {
+            Way::Eager | Way::Plan => Device::Cpu,
+            #[cfg(any(feature = "cuda", feature = "emulated"))]
+            Way::Cuda if cfg!(feature = "emulated") => Device::Cpu,
+            #[cfg(any(feature = "cuda", feature = "emulated"))]
+            Way::Cuda => Device::new_cuda(0).unwrap(),
+        }
+    }
+
+    fn step(self, graph: Graph, variables: &Variables) -> Box<dyn TrainingStep> {
+        match self {
+            Way::Eager => Box::new(EagerStep::new(graph, variables).unwrap()),
+            Way::Plan => Box::new(PlanStep::new(graph, variables, Options::threads(2)).unwrap()),
+            #[cfg(any(feature = "cuda", feature = "emulated"))]
+            Way::Cuda => Box::new(
+                sconce::exec::cuda::CudaStep::new(graph, variables, Default::default()).unwrap(),
+            ),
+        }
+    }
 }
 
 /// Compares every parameter's gradient on one batch with PyTorch's in float64, for each network.
-fn check_gradients<'a>(names: impl IntoIterator<Item = &'a str>, make: Make) {
+fn check_gradients<'a>(names: impl IntoIterator<Item = &'a str>, way: Way) {
     let failed: Vec<String> = names
         .into_iter()
-        .flat_map(|n| far_gradients(n, make))
+        .flat_map(|n| far_gradients(n, way))
         .collect();
     assert!(failed.is_empty(), "{failed:#?}");
 }
 
 /// The parameters of a network whose gradients are too far from PyTorch's.
-fn far_gradients(name: &str, make: Make) -> Vec<String> {
+fn far_gradients(name: &str, way: Way) -> Vec<String> {
     const SIDE: usize = 96;
     const BATCH: usize = 4;
     // TensorFlow's have a class for the background.
     let background =
         usize::from(name.starts_with("tf_mobilenet_v1") || name.starts_with("tf_mobilenet_v2"));
     let classes = IMAGENET_CLASSES + background;
-    let (graph, variables) = network(name, classes);
-    let mut step = make(graph, &variables);
-    let batch = Tensor::from_vec(
-        images(BATCH, SIDE, SIDE),
-        (BATCH, 3, SIDE, SIDE),
-        &Device::Cpu,
-    );
+    let device = way.device();
+    let (graph, variables) = network(name, classes, &device);
+    let mut step = way.step(graph, &variables);
+    let batch = Tensor::from_vec(images(BATCH, SIDE, SIDE), (BATCH, 3, SIDE, SIDE), &device);
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     let logits = step.forward(&batch.unwrap(), &mut rng).unwrap();
     let at_logits = uniform("logits gradient", BATCH * classes).collect::<Vec<_>>();
-    let at_logits = Tensor::from_vec(at_logits, logits.shape(), &Device::Cpu).unwrap();
+    let at_logits = Tensor::from_vec(at_logits, logits.shape(), &device).unwrap();
     let names: Vec<String> = step.parameters().iter().map(|(n, _)| n.clone()).collect();
     let mut gradients = BTreeMap::new();
     step.backward(&at_logits, &mut |index, gradient| {
@@ -120,12 +139,18 @@ fn far_gradients(name: &str, make: Make) -> Vec<String> {
 
 #[test]
 fn the_plans_gradients_are_pytorchs() {
-    check_gradients(registry::all().iter().map(|row| row.name), plan);
+    check_gradients(registry::all().iter().map(|row| row.name), Way::Plan);
 }
 
 #[test]
 fn candles_gradients_are_pytorchs() {
-    check_gradients(registry::all().iter().map(|row| row.name), eager);
+    check_gradients(registry::all().iter().map(|row| row.name), Way::Eager);
+}
+
+#[cfg(any(feature = "cuda", feature = "emulated"))]
+#[test]
+fn cuda_gradients_are_pytorchs() {
+    check_gradients(registry::all().iter().map(|row| row.name), Way::Cuda);
 }
 
 /// Batches of real photos, as the oracle cuts them.
@@ -169,15 +194,16 @@ fn photo_batches(steps: usize) -> Vec<(Tensor, Vec<usize>)> {
 /// Follows PyTorch's losses for so many steps of 16 photos: within twice the largest gap so far
 /// between its own runs, which differ in the memory layout or in the images' last digits; never
 /// asked below a thousandth.
-fn check_curve(name: &str, optimizer: &str, steps: usize, make: Make) {
+fn check_curve(name: &str, optimizer: &str, steps: usize, way: Way) {
     const CLASSES: usize = 12;
     type Curves = BTreeMap<String, BTreeMap<String, Vec<Vec<f64>>>>;
     let curves: Curves = serde_json::from_slice(&golden("curves.json")).unwrap();
     let [first, others @ ..] = &curves[name][optimizer][..] else {
         panic!("no runs")
     };
-    let (graph, variables) = network(name, CLASSES);
-    let mut step = make(graph, &variables);
+    let device = way.device();
+    let (graph, variables) = network(name, CLASSES, &device);
+    let mut step = way.step(graph, &variables);
     let (rule, rate, weight_decay) = match optimizer {
         "sgd" => {
             let (momentum, nesterov) = (0.9, false);
@@ -198,7 +224,10 @@ fn check_curve(name: &str, optimizer: &str, steps: usize, make: Make) {
     let mut gap: f64 = 0.0;
     for (i, (images, labels)) in photo_batches(steps).iter().enumerate() {
         let logits = step
-            .forward(images, &mut ChaCha8Rng::seed_from_u64(0))
+            .forward(
+                &images.to_device(&device).unwrap(),
+                &mut ChaCha8Rng::seed_from_u64(0),
+            )
             .unwrap();
         let targets = Targets::Classes(labels);
         let (loss, at_logits) = CrossEntropy::default().loss(&logits, targets).unwrap();
@@ -240,7 +269,18 @@ const CURVES: [&str; 4] = [
 fn candles_losses_are_pytorchs_for_thirty_steps() {
     for name in CURVES {
         for optimizer in ["sgd", "adamw"] {
-            check_curve(name, optimizer, 30, eager);
+            check_curve(name, optimizer, 30, Way::Eager);
+        }
+    }
+}
+
+#[cfg(any(feature = "cuda", feature = "emulated"))]
+#[test]
+#[cfg_attr(feature = "emulated", ignore = "takes hours on a CPU")]
+fn cuda_losses_are_pytorchs_for_thirty_steps() {
+    for name in CURVES {
+        for optimizer in ["sgd", "adamw"] {
+            check_curve(name, optimizer, 30, Way::Cuda);
         }
     }
 }
@@ -249,7 +289,7 @@ fn candles_losses_are_pytorchs_for_thirty_steps() {
 fn the_plans_losses_are_pytorchs_for_thirty_steps() {
     for name in CURVES {
         for optimizer in ["sgd", "adamw"] {
-            check_curve(name, optimizer, 30, plan);
+            check_curve(name, optimizer, 30, Way::Plan);
         }
     }
 }

@@ -20,7 +20,7 @@ mod together;
 use std::io::{self, IsTerminal, Write};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anstream::{AutoStream, ColorChoice};
 use candle_core::Device;
@@ -29,7 +29,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::exec::cpu::Options;
 use crate::exec::{DeviceChoice, DeviceError, Precision, check_precision};
 use crate::hub::Hub;
-use crate::ranks::Ranks;
+use crate::ranks::{Ranks, local};
 use crate::weights::{Model, Request, WeightsChoice};
 
 /// Classify images, teach networks new classes, and look at them.
@@ -90,7 +90,7 @@ struct Global {
     /// Class names: one a line, or a JSON map from index to name
     #[arg(long, global = true, value_name = "FILE")]
     labels: Option<PathBuf>,
-    /// Where to compute: auto, cpu, cuda, cuda:N or metal
+    /// Where to compute: auto, cpu, cuda, cuda:N or metal; finetune takes several, cuda:N,N
     #[arg(long, global = true, value_name = "DEVICE", default_value = "auto")]
     device: DeviceChoice,
     /// Numbers that a CUDA device computes with [default: f32]
@@ -117,6 +117,9 @@ struct Global {
     /// The processes that do this together.
     #[arg(skip)]
     ranks: Ranks,
+    /// The device, once it is open: tensors of two openings do not mix.
+    #[arg(skip)]
+    opened: OnceLock<Device>,
 }
 
 /// The network that is part of the program.
@@ -169,6 +172,21 @@ impl Outcome {
 }
 
 impl Cli {
+    /// The processes that this one works with: those that a launcher has started, or one for each of
+    /// several devices.
+    ///
+    /// # Errors
+    /// Where they cannot meet.
+    pub fn ranks(&self) -> anyhow::Result<Ranks> {
+        let launched = Ranks::join().map_err(anyhow::Error::msg)?;
+        if local::Place::found().is_none() {
+            return Ok(launched);
+        }
+        let device = self.global.device()?;
+        let others = Ranks::on_devices(&device).map_err(anyhow::Error::msg)?;
+        Ok(others.unwrap_or(launched))
+    }
+
     /// Does what was asked for, together with the other processes of `ranks`.
     ///
     /// # Errors
@@ -184,6 +202,24 @@ impl Cli {
         );
         if ranks.are_several() && !together {
             anyhow::bail!("several processes only classify, evaluate and finetune together");
+        }
+        if let DeviceChoice::CudaEach(several) = &self.global.device
+            && matches!(self.command, Command::Finetune(_))
+            && local::Place::found().is_none()
+        {
+            if ranks.are_several() {
+                anyhow::bail!(
+                    "--device {}: a process that a launcher has started takes one device",
+                    self.global.device
+                );
+            }
+            let code = Ranks::start_each(several.len());
+            return Ok(match code.map_err(anyhow::Error::msg)? {
+                0 => Outcome::AllDone,
+                1 => Outcome::SomeFailed,
+                130 => Outcome::Interrupted,
+                _ => Outcome::NothingDone,
+            });
         }
         match self.command {
             Command::Classify(arguments) => classify::run(&self.global, arguments),
@@ -242,9 +278,12 @@ impl Global {
 
     /// Opens the device.
     fn device(&self) -> Result<Device, DeviceError> {
+        if let Some(device) = self.opened.get() {
+            return Ok(device.clone());
+        }
         let device = self.device.open()?;
         check_precision(&device, self.precision.unwrap_or_default())?;
-        Ok(device)
+        Ok(self.opened.get_or_init(|| device).clone())
     }
 
     /// Standard output, with colours or without.

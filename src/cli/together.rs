@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::data::{Found, Input};
-use crate::ranks::{Collectives, Ranks};
+use crate::ranks::{Collectives, Messages, Ranks};
 
 /// Images of a block, unless a batch of the network has more.
 const BLOCK: usize = 16;
@@ -195,7 +195,7 @@ pub fn share_out<T: Task, R: Results>(
     work: impl FnOnce(Receiver<T>, &mut dyn FnMut(R::Answer)) -> anyhow::Result<()> + Send + 'static,
     results: &mut R,
 ) -> anyhow::Result<()> {
-    let Some(others) = ranks.others() else {
+    let Some(others) = ranks.others().and_then(Collectives::messages) else {
         return Ok(());
     };
     let engine = Engine::start(work)?;
@@ -223,7 +223,7 @@ fn told<T: for<'a> Deserialize<'a>>(bytes: &[u8]) -> anyhow::Result<T> {
 
 /// Does blocks that the first process hands out.
 fn follow<T: Task, R: Results>(
-    others: &dyn Collectives,
+    others: &dyn Messages,
     mut engine: Engine<T, R::Answer>,
     results: &mut R,
 ) -> anyhow::Result<()> {
@@ -330,7 +330,7 @@ impl<T: Task> Blocks<T> {
 
 /// The first process.
 struct Lead<'a, T, R: Results> {
-    others: &'a dyn Collectives,
+    others: &'a dyn Messages,
     engine: Engine<T, R::Answer>,
     blocks: Blocks<T>,
     /// Number of the next block, and of the next one that is taken.

@@ -4,14 +4,17 @@ use std::str::FromStr;
 use candle_core::Device;
 
 use super::Precision;
+use crate::ranks::local;
 
 /// `--device`: where to compute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceChoice {
     /// The fastest that this build and this machine have.
     Auto,
     Cpu,
     Cuda(usize),
+    /// Several CUDA devices, for a process each.
+    CudaEach(Vec<usize>),
     Metal,
 }
 
@@ -30,6 +33,8 @@ pub enum DeviceError {
         choice: DeviceChoice,
         reason: String,
     },
+    #[error("--device {choice}: only finetune works on several devices (name one)")]
+    Several { choice: DeviceChoice },
     #[error(
         "--precision {precision}: only CUDA devices compute so (leave it out, or give --device cuda)"
     )]
@@ -41,22 +46,33 @@ impl DeviceChoice {
     ///
     /// # Errors
     /// Where the build or the machine lacks it; [`DeviceChoice::Auto`] always finds one.
-    pub fn open(self) -> Result<Device, DeviceError> {
+    pub fn open(&self) -> Result<Device, DeviceError> {
         let unavailable = |e: candle_core::Error| DeviceError::Unavailable {
-            choice: self,
+            choice: self.clone(),
             // The first line: what follows is a backtrace.
             reason: e.to_string().lines().next().unwrap_or_default().to_string(),
         };
         let not_built = |feature| DeviceError::NotBuilt {
-            choice: self,
+            choice: self.clone(),
             feature,
+        };
+        let cuda = |index| match cfg!(feature = "cuda") {
+            true => Device::new_cuda(index).map_err(unavailable),
+            false => Err(not_built("cuda")),
         };
         match self {
             DeviceChoice::Cpu => Ok(Device::Cpu),
-            DeviceChoice::Cuda(index) if cfg!(feature = "cuda") => {
-                Device::new_cuda(index).map_err(unavailable)
+            DeviceChoice::Cuda(index) => cuda(*index),
+            DeviceChoice::CudaEach(several) => {
+                // Each of the processes that were started for them takes its own.
+                let place = local::Place::found();
+                match place.and_then(|place| several.get(place.rank).copied()) {
+                    Some(index) => cuda(index),
+                    None => Err(DeviceError::Several {
+                        choice: self.clone(),
+                    }),
+                }
             }
-            DeviceChoice::Cuda(_) => Err(not_built("cuda")),
             DeviceChoice::Metal if cfg!(feature = "metal") => {
                 Device::new_metal(0).map_err(unavailable)
             }
@@ -78,6 +94,12 @@ pub fn check_precision(device: &Device, precision: Precision) -> Result<(), Devi
     Err(DeviceError::Precision { precision })
 }
 
+fn all_differ(indices: &[usize]) -> bool {
+    let mut sorted = indices.to_vec();
+    sorted.sort_unstable();
+    sorted.windows(2).all(|pair| pair[0] != pair[1])
+}
+
 impl FromStr for DeviceChoice {
     type Err = String;
 
@@ -87,11 +109,19 @@ impl FromStr for DeviceChoice {
             "cpu" => Ok(DeviceChoice::Cpu),
             "cuda" => Ok(DeviceChoice::Cuda(0)),
             "metal" => Ok(DeviceChoice::Metal),
-            _ => text
-                .strip_prefix("cuda:")
-                .and_then(|index| index.parse().ok())
-                .map(DeviceChoice::Cuda)
-                .ok_or_else(|| "expected auto, cpu, cuda, cuda:N or metal".to_string()),
+            _ => {
+                let indices: Option<Vec<usize>> = text
+                    .strip_prefix("cuda:")
+                    .map(|list| list.split(',').map(|index| index.parse().ok()).collect())
+                    .unwrap_or_default();
+                match indices.as_deref() {
+                    Some([index]) => Ok(DeviceChoice::Cuda(*index)),
+                    Some(several) if all_differ(several) => {
+                        Ok(DeviceChoice::CudaEach(several.to_vec()))
+                    }
+                    _ => Err("expected auto, cpu, cuda, cuda:N, cuda:N,N or metal".to_string()),
+                }
+            }
         }
     }
 }
@@ -103,6 +133,10 @@ impl fmt::Display for DeviceChoice {
             DeviceChoice::Cpu => f.write_str("cpu"),
             DeviceChoice::Cuda(0) => f.write_str("cuda"),
             DeviceChoice::Cuda(index) => write!(f, "cuda:{index}"),
+            DeviceChoice::CudaEach(several) => {
+                let several: Vec<String> = several.iter().map(usize::to_string).collect();
+                write!(f, "cuda:{}", several.join(","))
+            }
             DeviceChoice::Metal => f.write_str("metal"),
         }
     }

@@ -3,7 +3,7 @@
 //! what training asks for: of [`EagerStep`] on any device, of [`PlanStep`] on the CPU.
 
 pub mod cpu;
-#[cfg(any(feature = "cuda", test))]
+#[cfg(any(feature = "cuda", feature = "emulated", test))]
 pub mod cuda;
 mod device;
 pub mod eager;

@@ -29,7 +29,7 @@ impl Precision {
     }
 
     /// Tells candle's matrix products.
-    #[cfg(any(feature = "cuda", test))]
+    #[cfg(any(feature = "cuda", feature = "emulated", test))]
     pub(super) fn announce(self) {
         #[cfg(feature = "cuda")]
         candle_core::cuda_backend::set_gemm_reduced_precision_f32(self == Precision::Tf32);

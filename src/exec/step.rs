@@ -187,7 +187,7 @@ impl TrainingStep for EagerStep {
 
     fn train_with(&mut self, others: Others) -> Result<()> {
         if others.sync_norms {
-            bail!("batch norms are synchronised on the CPU only");
+            bail!("batch norms are synchronised on the CPU and on CUDA devices only");
         }
         Ok(())
     }

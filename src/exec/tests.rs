@@ -3,6 +3,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::mem::discriminant;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::var_builder::VarBuilder;
@@ -13,9 +15,10 @@ use super::cpu::Options;
 use super::cuda::{CudaNetwork, CudaStep};
 use super::eager::{Eager, Mode, Observed};
 use super::params::Params;
-use super::{EagerStep, PlanStep, Precision, TrainingStep, Variables};
+use super::{EagerStep, Others, PlanStep, Precision, TrainingStep, Variables};
 use crate::graph::{Activation, Builder, Conv2d, Graph, InitScheme, Norm, Op, Padding, Pool2d};
 use crate::models::registry;
+use crate::ranks::{Collectives, Messages, Ranks};
 
 /// A way of training.
 #[derive(Clone, Copy, PartialEq)]
@@ -244,6 +247,7 @@ macro_rules! tests_of {
 }
 
 tests_of!(plan, Way::Plan);
+#[cfg(target_os = "linux")]
 tests_of!(cuda, Way::Cuda);
 
 /// Which the plan leaves to the one of inference.
@@ -412,6 +416,7 @@ fn random_graph(rng: &mut ChaCha8Rng) -> Graph {
 }
 
 /// Every network's logits as candle's, in evaluation mode, with another size than its own.
+#[cfg(target_os = "linux")]
 #[test]
 fn logits_on_cuda() {
     let mut families = HashSet::new();
@@ -455,6 +460,7 @@ fn logits_on_cuda() {
 }
 
 /// Gradients in fewer digits: as near as these allow, and float16's not lost at its ends.
+#[cfg(target_os = "linux")]
 #[test]
 fn gradients_in_other_precisions() {
     let mut rng = ChaCha8Rng::seed_from_u64(13);
@@ -494,6 +500,7 @@ fn gradients_in_other_precisions() {
 }
 
 /// A gradient that is not finite comes out of the way back, which does not go on for ever.
+#[cfg(target_os = "linux")]
 #[test]
 fn what_is_not_finite_is_handed_over() {
     let mut rng = ChaCha8Rng::seed_from_u64(17);
@@ -506,4 +513,110 @@ fn what_is_not_finite_is_handed_over() {
     assert!(pass.gradients.values().flatten().any(|v| !v.is_finite()));
     let again = step.backward(&gradient, &mut |_, _| Ok(()));
     assert!(again.unwrap_err().to_string().contains("forward"));
+}
+
+/// One of two ranks that are threads: what of [`Collectives`] a step asks for.
+struct Pair {
+    rank: usize,
+    to: Sender<Vec<f64>>,
+    from: Receiver<Vec<f64>>,
+}
+
+impl Collectives for Pair {
+    fn place(&self) -> (usize, usize) {
+        (self.rank, 2)
+    }
+
+    fn sum(&self, values: &mut [f64]) {
+        self.to.send(values.to_vec()).unwrap();
+        let other = self.from.recv().unwrap();
+        values.iter_mut().zip(other).for_each(|(v, o)| *v += o);
+    }
+
+    fn begin_sum(&self, _: Tensor) -> Result<()> {
+        unimplemented!()
+    }
+
+    fn progress(&self) {
+        unimplemented!()
+    }
+
+    fn sums(&self) -> Result<Vec<Tensor>> {
+        unimplemented!()
+    }
+
+    fn gather(&self, _: &[u8]) -> Vec<Vec<u8>> {
+        unimplemented!()
+    }
+
+    fn broadcast(&self, _: &mut Vec<u8>) {
+        unimplemented!()
+    }
+
+    fn messages(&self) -> Option<&dyn Messages> {
+        None
+    }
+
+    fn abort(&self, _: i32) -> ! {
+        unimplemented!()
+    }
+}
+
+/// Two ranks with parts of a batch, whose norms share their statistics, are as one with all of it.
+#[cfg(target_os = "linux")]
+#[test]
+fn synchronised_norms_are_those_of_the_whole_batch() {
+    let mut rng = ChaCha8Rng::seed_from_u64(19);
+    for _ in 0..8 {
+        let graph = random_graph(&mut rng);
+        let images = random(&mut rng, &[5, 3, 22, 18]);
+        let gradient = random(&mut rng, &[5, 7]);
+        let none = BTreeSet::new();
+        let whole = {
+            let variables = variables(&graph, &none, 1);
+            let mut step = CudaStep::new(graph.clone(), &variables, Precision::F32).unwrap();
+            pass(&mut step, &images, &gradient).unwrap()
+        };
+        let ([to_second, to_first], [from_first, from_second]) = {
+            let ((a, b), (c, d)) = (channel(), channel());
+            ([a, c], [b, d])
+        };
+        let ends = [(to_second, from_second), (to_first, from_first)];
+        let parts = thread::scope(|scope| {
+            let run = |(rank, (to, from)): (usize, (Sender<_>, Receiver<_>))| {
+                let (graph, none) = (&graph, &none);
+                // Two images, and three.
+                let part = |t: &Tensor| t.narrow(0, 2 * rank, 2 + rank).unwrap().copy().unwrap();
+                let (images, gradient) = (part(&images), part(&gradient));
+                scope.spawn(move || {
+                    let variables = variables(graph, none, 1);
+                    let mut step =
+                        CudaStep::new(graph.clone(), &variables, Precision::F32).unwrap();
+                    step.train_with(Others {
+                        ranks: Ranks::by(Pair { rank, to, from }),
+                        sync_norms: true,
+                        ..Others::default()
+                    })
+                    .unwrap();
+                    pass(&mut step, &images, &gradient).unwrap()
+                })
+            };
+            let threads: Vec<_> = ends.into_iter().enumerate().map(run).collect();
+            let parts = threads.into_iter().map(|thread| thread.join().unwrap());
+            parts.collect::<Vec<Pass>>()
+        });
+        let logits = [&parts[0].logits[..], &parts[1].logits[..]].concat();
+        assert!(distance(&logits, &whole.logits) < 1e-4 * size_of(&whole.logits));
+        let sums = parts[0].gradients.iter().map(|(name, values)| {
+            let other = &parts[1].gradients[name];
+            let sum = values.iter().zip(other).map(|(a, b)| a + b).collect();
+            (name.clone(), sum)
+        });
+        let (error, name) = worst(&sums.collect(), &whole.gradients);
+        assert!(error < 3e-4, "{name}: {error}");
+        for part in &parts {
+            let (error, name) = worst(&part.buffers, &whole.buffers);
+            assert!(error < 1e-4, "{name}: {error}");
+        }
+    }
 }

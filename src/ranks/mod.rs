@@ -7,14 +7,17 @@
 //! A collective call is made by all ranks, in the same order. A rank that dies ends the job: the others
 //! would wait for it for ever.
 
+pub mod local;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
 
 use std::fmt;
 use std::ops::Range;
 use std::rc::Rc;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 /// What is wrong with data that ranks do not agree on.
 pub const RANKS_DIFFER: &str =
@@ -28,7 +31,25 @@ pub trait Collectives {
     /// The sum over all ranks of each value, with the same bits everywhere.
     fn sum(&self, values: &mut [f64]);
 
-    /// Begins such a sum of a contiguous float32 tensor on the CPU, that others may overtake;
+    /// The same of a float32 tensor.
+    fn sum_now(&self, values: &Tensor) -> candle_core::Result<Tensor> {
+        let mut all: Vec<f64> = values
+            .flatten_all()?
+            .to_vec1::<f32>()?
+            .into_iter()
+            .map(f64::from)
+            .collect();
+        self.sum(&mut all);
+        let all: Vec<f32> = all.into_iter().map(|v| v as f32).collect();
+        Tensor::from_vec(all, values.shape(), values.device())
+    }
+
+    /// Where tensors are that [`Collectives::begin_sum`] takes.
+    fn device(&self) -> Device {
+        Device::Cpu
+    }
+
+    /// Begins such a sum of a contiguous float32 tensor, that others may overtake;
     /// [`Collectives::sums`] gives it. Nobody may write to the tensor any more.
     fn begin_sum(&self, values: Tensor) -> candle_core::Result<()>;
 
@@ -44,15 +65,21 @@ pub trait Collectives {
     /// The first rank's bytes, to all.
     fn broadcast(&self, bytes: &mut Vec<u8>);
 
+    /// The way to one of them alone, where there is one.
+    fn messages(&self) -> Option<&dyn Messages>;
+
+    /// Ends all ranks at once.
+    fn abort(&self, code: i32) -> !;
+}
+
+/// What processes can say to one of the others.
+pub trait Messages {
     /// Sends bytes to one rank, which does not wait for them.
     fn send(&self, rank: usize, bytes: &[u8]);
 
     /// The next message of any rank, or of one, and whose it is. None where there is none yet and
     /// `wait` does not say to wait.
     fn receive(&self, from: Option<usize>, wait: bool) -> Option<(usize, Vec<u8>)>;
-
-    /// Ends all ranks at once.
-    fn abort(&self, code: i32) -> !;
 }
 
 /// This process and those that work with it.
@@ -77,6 +104,12 @@ impl Ranks {
         Self(None)
     }
 
+    /// Those that are reached so.
+    #[cfg(test)]
+    pub fn by(collectives: impl Collectives + 'static) -> Self {
+        Self(Some(Rc::new(collectives)))
+    }
+
     /// Those that were started together with this process.
     ///
     /// # Errors
@@ -91,6 +124,50 @@ impl Ranks {
             });
         }
         Ok(Self::alone())
+    }
+
+    /// The processes that [`local::run`] has started, each with a device of its own; None where this is
+    /// not one of them.
+    ///
+    /// # Errors
+    /// Where they cannot meet.
+    pub fn on_devices(device: &Device) -> Result<Option<Self>, String> {
+        let Some(place) = local::Place::found() else {
+            return Ok(None);
+        };
+        #[cfg(feature = "nccl")]
+        {
+            let world = nccl::World::new(device, place.rank, place.count, &place.meeting)?;
+            Ok(Some(Self(Some(Rc::new(world)))))
+        }
+        #[cfg(not(feature = "nccl"))]
+        Err(format!(
+            "process {} of {} on {:?}: this sconce was built without NCCL",
+            place.rank,
+            place.count,
+            device.location()
+        ))
+    }
+
+    /// Starts this program once for each of several devices, and waits for all.
+    ///
+    /// # Errors
+    /// Where that cannot be done.
+    pub fn start_each(count: usize) -> Result<u8, String> {
+        #[cfg(feature = "nccl")]
+        {
+            let meeting = nccl::new_id()?;
+            let command = || {
+                let mut command = std::process::Command::new(std::env::current_exe()?);
+                command.args(std::env::args_os().skip(1));
+                Ok(command)
+            };
+            local::run(count, &meeting, command).map_err(|e| format!("cannot start processes: {e}"))
+        }
+        #[cfg(not(feature = "nccl"))]
+        Err(format!(
+            "{count} devices: this sconce was built without NCCL (build with `cargo build --release --features nccl`, or name one device)"
+        ))
     }
 
     /// This process's number, from 0.

@@ -16,7 +16,7 @@ use mpi::topology::SimpleCommunicator;
 use mpi::traits::*;
 use mpi::{Count, Threading};
 
-use super::Collectives;
+use super::{Collectives, Messages};
 use crate::exec::params::with_values;
 use crate::kernels::memory::in_large_pages;
 
@@ -200,6 +200,16 @@ impl Collectives for World {
         }
     }
 
+    fn messages(&self) -> Option<&dyn Messages> {
+        Some(self)
+    }
+
+    fn abort(&self, code: i32) -> ! {
+        self.communicator.abort(code)
+    }
+}
+
+impl Messages for World {
     fn send(&self, rank: usize, bytes: &[u8]) {
         self.clear_messages(false);
         let bytes = bytes.to_vec();
@@ -237,10 +247,6 @@ impl Collectives for World {
         let mut bytes = vec![0_u8; status.count(u8::equivalent_datatype()) as usize];
         message.matched_receive_into(&mut bytes[..]);
         Some((source, bytes))
-    }
-
-    fn abort(&self, code: i32) -> ! {
-        self.communicator.abort(code)
     }
 }
 

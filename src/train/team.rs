@@ -7,7 +7,6 @@
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 
 use crate::data::Batch;
-use crate::exec::params::with_values;
 use crate::ranks::{Collectives, Ranks, bytes};
 
 /// Values of gradients that are summed at a time: 1 MiB, enough for a network's bandwidth, and few
@@ -19,8 +18,9 @@ const LARGE: usize = BUCKET / 4;
 /// Gradients on their way to all ranks, summed while the rest of the backward pass runs.
 pub(super) struct Exchange<'a> {
     others: &'a dyn Collectives,
-    /// Small gradients, one behind the other.
-    bucket: Vec<f32>,
+    /// Small gradients, flat, and how many values they are.
+    bucket: Vec<Tensor>,
+    values: usize,
     in_bucket: Vec<Place>,
     /// What each sum that was begun holds.
     begun: Vec<Vec<Place>>,
@@ -34,6 +34,7 @@ impl<'a> Exchange<'a> {
         Self {
             others,
             bucket: Vec::new(),
+            values: 0,
             in_bucket: Vec::new(),
             begun: Vec::new(),
         }
@@ -42,17 +43,19 @@ impl<'a> Exchange<'a> {
     /// Takes a gradient; where the rank is absent from the batch, it adds nothing.
     pub fn add(&mut self, index: usize, gradient: Tensor, absent: bool) -> Result<()> {
         let (count, shape) = (gradient.elem_count(), gradient.shape().clone());
+        let device = self.others.device();
         let gradient = match absent {
-            true => Tensor::zeros(count, DType::F32, &Device::Cpu)?,
-            false => gradient.contiguous()?.to_device(&Device::Cpu)?,
+            true => Tensor::zeros(count, DType::F32, &device)?,
+            false => gradient.flatten_all()?.contiguous()?.to_device(&device)?,
         };
         if count >= LARGE {
             self.others.begin_sum(gradient)?;
             self.begun.push(vec![(index, shape)]);
         } else {
-            with_values(&gradient, |values| self.bucket.extend_from_slice(values))?;
+            self.values += count;
+            self.bucket.push(gradient);
             self.in_bucket.push((index, shape));
-            if self.bucket.len() >= BUCKET {
+            if self.values >= BUCKET {
                 self.begin()?;
             }
         }
@@ -61,10 +64,9 @@ impl<'a> Exchange<'a> {
     }
 
     fn begin(&mut self) -> Result<()> {
-        let values = std::mem::take(&mut self.bucket);
-        let count = values.len();
-        let values = Tensor::from_vec(values, count, &Device::Cpu)?;
-        self.others.begin_sum(values)?;
+        self.others.begin_sum(Tensor::cat(&self.bucket, 0)?)?;
+        self.bucket.clear();
+        self.values = 0;
         self.begun.push(std::mem::take(&mut self.in_bucket));
         Ok(())
     }

@@ -59,6 +59,16 @@ __device__ static inline void put(bfloat_t &to, float v) {
     to.bits = v != v ? 0x7fc0 : (unsigned short)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+// A sum that keeps what rounding takes from it (Kahan's): these loops wait for memory, so it is free.
+struct Sum {
+    float sum = 0, lost = 0;
+    __device__ void add(float v) {
+        float y = v - lost, next = sum + y;
+        lost = next - sum - y;
+        sum = next;
+    }
+};
+
 // V values next to each other, read and written at once.
 template <class T, int V> struct alignas(V * sizeof(T)) Pack { T v[V]; };
 
@@ -163,12 +173,12 @@ template <class T> __device__ static void sum_rows(const Args &a) {
     for (unsigned j = INDEX; j < a.i[0] * wide; j += STRIDE) {
         unsigned b = j / wide, lane = j % wide;
         unsigned at = b * rows * channels + lane, end = (b + 1) * rows * channels;
-        float sum = 0;
+        Sum sum;
         if (other)
-            for (; at < end; at += wide) sum += get(x[at]) * get(other[at]);
+            for (; at < end; at += wide) sum.add(get(x[at]) * get(other[at]));
         else
-            for (; at < end; at += wide) sum += get(x[at]);
-        out[j] = sum * a.f[0];
+            for (; at < end; at += wide) sum.add(get(x[at]));
+        out[j] = sum.sum * a.f[0];
     }
 }
 KERNEL(sum_rows)
@@ -181,14 +191,15 @@ template <class T> __device__ static void moments(const Args &a) {
     float *out = (float *)a.p[1];
     unsigned wide = (unsigned)a.i[2] * a.i[1], end = (unsigned)a.i[0] * a.i[1];
     for (unsigned j = INDEX; j < wide; j += STRIDE) {
-        float first = get(x[j % a.i[1]]), sum = 0, squares = 0;
+        float first = get(x[j % a.i[1]]);
+        Sum sum, squares;
         for (unsigned at = j; at < end; at += wide) {
             float v = get(x[at]) - first;
-            sum += v;
-            squares += v * v;
+            sum.add(v);
+            squares.add(v * v);
         }
-        out[j] = sum;
-        out[wide + j] = squares;
+        out[j] = sum.sum;
+        out[wide + j] = squares.sum;
     }
 }
 KERNEL(moments)
@@ -236,15 +247,15 @@ template <class T> __device__ static void batch_norm_sums(const Args &a) {
         int c = (int)(j % channels);
         float mean = numbers[c], inverse = numbers[channels + c];
         float scale = numbers[2 * channels + c], shift = numbers[3 * channels + c];
-        float sum = 0, product = 0;
+        Sum sum, product;
         for (unsigned at = j; at < end; at += wide) {
             float v = get(x[at]), dz = get(g[at]);
             if (kind) dz *= slope(kind, v * scale + shift);
-            sum += dz;
-            product += dz * (v - mean) * inverse;
+            sum.add(dz);
+            product.add(dz * (v - mean) * inverse);
         }
-        out[j] = sum;
-        out[wide + j] = product;
+        out[j] = sum.sum;
+        out[wide + j] = product.sum;
     }
 }
 KERNEL(batch_norm_sums)
@@ -436,7 +447,7 @@ template <class T> __device__ static void grouped_weights(const Args &a) {
         int kx = (int)(rest % s.kw), ky = (int)(rest / s.kw % s.kh);
         int part = (int)(rest / s.kw / s.kh);
         int c = k / each * inputs + i;
-        float sum = 0;
+        Sum sum;
         for (unsigned row = part; row < (unsigned)s.n * s.out_h; row += parts) {
             unsigned n = row / s.out_h;
             int y = (int)(row % s.out_h) * s.stride + ky - s.top;
@@ -446,10 +457,10 @@ template <class T> __device__ static void grouped_weights(const Args &a) {
             for (int ox = 0; ox < s.out_w; ox++) {
                 int px = ox * s.stride + kx - s.left;
                 if (px < 0 || px >= s.w) continue;
-                sum += get(pixels[px * s.c]) * get(grads[ox * outputs]);
+                sum.add(get(pixels[px * s.c]) * get(grads[ox * outputs]));
             }
         }
-        out[j] = sum;
+        out[j] = sum.sum;
     }
 }
 KERNEL(grouped_weights)
@@ -589,15 +600,15 @@ template <class T> __device__ static void layer_norm_sums(const Args &a) {
     int rows = a.i[0], width = a.i[1], parts = a.i[2];
     unsigned wide = (unsigned)parts * width;
     for (unsigned j = INDEX; j < wide; j += STRIDE) {
-        float sum = 0, product = 0;
+        Sum sum, product;
         for (unsigned row = j / width; row < rows; row += parts) {
             unsigned at = row * width + j % width;
             float grad = get(g[at]);
-            sum += grad;
-            product += grad * (get(x[at]) - numbers[row]) * numbers[rows + row];
+            sum.add(grad);
+            product.add(grad * (get(x[at]) - numbers[row]) * numbers[rows + row]);
         }
-        out[j] = sum;
-        out[wide + j] = product;
+        out[j] = sum.sum;
+        out[wide + j] = product.sum;
     }
 }
 KERNEL(layer_norm_sums)

@@ -90,7 +90,7 @@ pub fn launch_as(
     match first.device() {
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => on_cuda::launch(device, name, work, tensors, args),
-        #[cfg(test)]
+        #[cfg(all(target_os = "linux", any(feature = "emulated", test)))]
         Device::Cpu => super::emulated::launch(name, work, tensors, args),
         other => bail!("{name}: there is no such kernel for {other:?}"),
     }

@@ -12,7 +12,7 @@
 
 #[cfg(feature = "cudnn")]
 mod cudnn;
-#[cfg(test)]
+#[cfg(all(target_os = "linux", any(feature = "emulated", test)))]
 mod emulated;
 mod launch;
 mod ops;

@@ -7,6 +7,7 @@ use candle_core::{DType, Result, Tensor};
 
 use super::launch::{Work, launch, launch_as};
 use crate::graph::{Activation, Conv2d, Padding, Pool2d};
+use crate::ranks::Collectives;
 
 /// Bytes that unfolded windows may take at once.
 const UNFOLDED: usize = 256 << 20;
@@ -113,6 +114,25 @@ impl Epilogue<'_> {
     }
 }
 
+/// `a` `[M, K]` times `b` `[K, N]`.
+///
+/// On the CPU, where the tests run, candle adds up all K in one chain, which loses digits that cuBLAS keeps:
+/// there in parts.
+pub fn product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    const CHAIN: usize = 256;
+    let inner = a.dim(1)?;
+    if !a.device().is_cpu() || inner <= CHAIN {
+        return a.matmul(b);
+    }
+    let part = |first: usize| {
+        let count = CHAIN.min(inner - first);
+        let [a, b] = [a.narrow(1, first, count)?, b.narrow(0, first, count)?];
+        a.contiguous()?.matmul(&b.contiguous()?)
+    };
+    let rest = (CHAIN..inner).step_by(CHAIN);
+    rest.map(part).try_fold(part(0)?, |sum, part| sum + part?)
+}
+
 /// In how many parts a sum over rows is begun: enough threads for a large device, and enough rows for each.
 fn parts(rows: usize, channels: usize) -> usize {
     const THREADS: usize = 1 << 17;
@@ -160,11 +180,22 @@ pub fn sum_to_channels(g: &Tensor) -> Result<Tensor> {
 }
 
 /// The numbers of a batch norm on the statistics of a batch.
-pub struct BatchNorm(Tensor);
+pub struct BatchNorm {
+    /// As batch_norm_numbers writes them, `[6, C]`.
+    numbers: Tensor,
+    /// Pixels of the batch, those of other ranks too.
+    rows: usize,
+}
 
 impl BatchNorm {
     /// Of `x` `[N, H, W, C]`; `parameters` are weight, bias, running mean and running variance.
-    pub fn of_batch(x: &Tensor, parameters: &[Tensor], eps: f64, momentum: f64) -> Result<Self> {
+    /// With `others` the batch is what all ranks have.
+    pub fn of_batch(
+        x: &Tensor,
+        parameters: &[Tensor],
+        [eps, momentum]: [f64; 2],
+        others: Option<&dyn Collectives>,
+    ) -> Result<Self> {
         let channels = last_dim(x);
         let rows = x.elem_count() / channels;
         let parts = parts(rows, channels);
@@ -180,10 +211,15 @@ impl BatchNorm {
             &[],
         )?;
         let sums = finish(&sums)?;
+        let first = x.flatten_all()?.narrow(0, 0, channels)?;
+        let (first, sums, rows) = match others {
+            None => (first, sums, rows),
+            Some(others) => of_all(&first.to_dtype(DType::F32)?, &sums, rows, others)?,
+        };
         let numbers = empty(&[6, channels], DType::F32, x)?;
         let [weight, bias, mean, variance] = [0, 1, 2, 3].map(|i| parameters[i].detach());
         let tensors = [
-            Some(x),
+            Some(&first),
             Some(&sums),
             Some(&weight),
             Some(&bias),
@@ -195,17 +231,17 @@ impl BatchNorm {
         let work = Work::Values(channels);
         launch(
             "batch_norm_numbers",
-            x.dtype(),
+            first.dtype(),
             work,
             &tensors,
             &[rows, channels],
             &floats,
         )?;
-        Ok(Self(numbers))
+        Ok(Self { numbers, rows })
     }
 
     fn row(&self, row: usize) -> Result<Tensor> {
-        self.0.get(row)
+        self.numbers.get(row)
     }
 
     /// What the input is multiplied with, and what is added then.
@@ -224,6 +260,7 @@ impl BatchNorm {
         g: &Tensor,
         x: &Tensor,
         activation: Option<Activation>,
+        others: Option<&dyn Collectives>,
     ) -> Result<[Tensor; 3]> {
         let channels = last_dim(x);
         let rows = x.elem_count() / channels;
@@ -231,16 +268,27 @@ impl BatchNorm {
         let sums = empty(&[2, parts, channels], DType::F32, x)?;
         let kind = kind(activation);
         let work = Work::Values(parts * channels);
-        let tensors = [Some(g), Some(x), Some(&self.0), Some(&sums)];
+        let tensors = [Some(g), Some(x), Some(&self.numbers), Some(&sums)];
         let numbers = [rows, channels, parts, kind];
         launch("batch_norm_sums", x.dtype(), work, &tensors, &numbers, &[])?;
-        let sums = finish(&sums)?;
+        let own = finish(&sums)?;
+        // The parameters' gradients are summed over the ranks later, with all others.
+        let sums = match others {
+            None => own.clone(),
+            Some(others) => others.sum_now(&own)?,
+        };
         let dx = empty(x.dims(), x.dtype(), x)?;
         let pack = pack(x).min(pack(g));
-        let tensors = [Some(g), Some(x), Some(&self.0), Some(&sums), Some(&dx)];
+        let tensors = [
+            Some(g),
+            Some(x),
+            Some(&self.numbers),
+            Some(&sums),
+            Some(&dx),
+        ];
         let numbers = [x.elem_count(), channels, kind, pack];
         let work = Work::Values(x.elem_count() / pack);
-        let floats = [1.0 / rows as f32];
+        let floats = [1.0 / self.rows as f32];
         launch(
             "batch_norm_backward",
             x.dtype(),
@@ -249,8 +297,30 @@ impl BatchNorm {
             &numbers,
             &floats,
         )?;
-        Ok([dx, sums.get(1)?, sums.get(0)?])
+        Ok([dx, own.get(1)?, own.get(0)?])
     }
+}
+
+/// The moments of all ranks' batches from those of each: about a common mean, which takes the place of
+/// `first`, and how many rows they are of.
+fn of_all(
+    first: &Tensor,
+    sums: &Tensor,
+    rows: usize,
+    others: &dyn Collectives,
+) -> Result<(Tensor, Tensor, usize)> {
+    let mut counts = [rows as f64];
+    others.sum(&mut counts);
+    let [count] = counts;
+    let own = rows as f64;
+    let away = (sums.get(0)? / own)?;
+    let squares = (sums.get(1)? - (away.sqr()? * own)?)?;
+    let own_mean = (first + away)?;
+    let mean = (others.sum_now(&(&own_mean * own)?)? / count)?;
+    let between = ((own_mean - &mean)?.sqr()? * own)?;
+    let squares = others.sum_now(&(squares + between)?)?;
+    let sums = Tensor::stack(&[mean.zeros_like()?, squares], 0)?;
+    Ok((mean, sums, count as usize))
 }
 
 /// Layer norm over the last axis; also what its gradient needs.
@@ -551,9 +621,9 @@ impl Convolution {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let shape = self.windows.output_shape(self.outputs);
         match self.way {
-            Way::Pointwise => Self::rows(x)?.matmul(&self.weights.t()?)?.reshape(&shape),
+            Way::Pointwise => product(&Self::rows(x)?, &self.weights.t()?)?.reshape(&shape),
             Way::Unfolded => {
-                let part = |part| self.unfold(x, part)?.matmul(&self.weights.t()?);
+                let part = |part| product(&self.unfold(x, part)?, &self.weights.t()?);
                 let parts = self.batch_parts().into_iter().map(part);
                 Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?.reshape(&shape)
             }
@@ -573,13 +643,11 @@ impl Convolution {
     /// The input's gradient.
     pub fn backward_input(&self, g: &Tensor) -> Result<Tensor> {
         match self.way {
-            Way::Pointwise => Self::rows(g)?
-                .matmul(&self.weights)?
-                .reshape(&self.windows.input),
+            Way::Pointwise => product(&Self::rows(g)?, &self.weights)?.reshape(&self.windows.input),
             Way::Unfolded => {
                 let part = |(first, count)| {
                     let g = Self::rows(&g.narrow(0, first, count)?)?;
-                    let columns = g.matmul(&self.weights)?;
+                    let columns = product(&g, &self.weights)?;
                     let windows = self.windows.of_images(count);
                     let dx = empty(&windows.input, g.dtype(), &g)?;
                     let work = Work::Values(dx.elem_count());
@@ -609,16 +677,14 @@ impl Convolution {
         let ([kh, kw], channels) = (self.windows.kernel, self.windows.input[3]);
         let (outputs, inputs) = (self.outputs, channels / self.groups);
         match self.way {
-            Way::Pointwise => Self::rows(g)?
-                .t()?
-                .matmul(&Self::rows(x)?)?
+            Way::Pointwise => product(&Self::rows(g)?.t()?, &Self::rows(x)?)?
                 .to_dtype(DType::F32)?
                 .reshape((outputs, inputs, 1, 1)),
             Way::Unfolded => {
                 let mut sum: Option<Tensor> = None;
                 for (first, count) in self.batch_parts() {
                     let g = Self::rows(&g.narrow(0, first, count)?)?;
-                    let part = g.t()?.matmul(&self.unfold(x, (first, count))?)?;
+                    let part = product(&g.t()?, &self.unfold(x, (first, count))?)?;
                     let part = part.to_dtype(DType::F32)?;
                     sum = Some(match sum {
                         Some(sum) => (sum + part)?,

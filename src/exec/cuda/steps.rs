@@ -3,14 +3,15 @@ use candle_nn::var_builder::VarBuilder;
 use rand_chacha::ChaCha8Rng;
 
 use super::ops::{
-    BatchNorm, Convolution, Epilogue, MaxPool, layer_norm, layer_norm_backward, scale_channels,
-    softmax, softmax_backward, spread, sum_pixels, sum_rows, sum_to_channels,
+    BatchNorm, Convolution, Epilogue, MaxPool, layer_norm, layer_norm_backward, product,
+    scale_channels, softmax, softmax_backward, spread, sum_pixels, sum_rows, sum_to_channels,
 };
 use crate::exec::eager;
 use crate::exec::params::fetch;
 use crate::exec::{Others, Precision, TrainingStep, Variables};
 use crate::graph::{Activation, Graph, NodeId, Op};
 use crate::kernels::resample;
+use crate::ranks::Collectives;
 
 /// A node, with what is done to its output in the same pass.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -323,10 +324,17 @@ impl CudaNetwork {
                 let residual = step.residual.map(|_| inputs[inputs.len() - 1].clone());
                 match training {
                     Some(training) if !stored => {
-                        if x.elem_count() / x.dim(D::Minus1)? < 2 {
+                        let alone = norms_with(training.others).is_none();
+                        if alone && x.elem_count() / x.dim(D::Minus1)? < 2 {
                             bail!("{}", eager::too_few_for_variance(&node.name));
                         }
-                        let norm = BatchNorm::of_batch(&x, &parameters, eps, momentum)?;
+                        let others = training.others.clone();
+                        let norm = BatchNorm::of_batch(
+                            &x,
+                            &parameters,
+                            [eps, momentum],
+                            norms_with(&others),
+                        )?;
                         training.running.push((step.node, norm.running()?));
                         let [scale, shift] = norm.scale_and_shift()?;
                         let y = Epilogue {
@@ -341,7 +349,7 @@ impl CudaNetwork {
                             Box::new(move |g, sink| {
                                 // With a residual the gradient before the activation is wanted by itself;
                                 // else it is made on the way.
-                                let (g, left, other) = match &residual {
+                                let (g, left, residual_gradient) = match &residual {
                                     Some(_) => {
                                         let before = Epilogue {
                                             scale: Some(&scale),
@@ -354,13 +362,14 @@ impl CudaNetwork {
                                     }
                                     None => (g.clone(), activation, None),
                                 };
-                                let [dx, dw, db] = norm.backward(&g, &x, left)?;
+                                let [dx, dw, db] =
+                                    norm.backward(&g, &x, left, norms_with(&others))?;
                                 for (place, gradient) in places.iter().zip([dw, db]) {
                                     if let Some(place) = place {
                                         sink(*place, gradient)?;
                                     }
                                 }
-                                Ok(vec![Some(dx), other])
+                                Ok(vec![Some(dx), residual_gradient])
                             }),
                         )
                     }
@@ -644,6 +653,11 @@ fn prepare(op: &Op, parameters: &[Tensor], stored: bool, dtype: DType) -> Result
     Ok(tensors)
 }
 
+/// Those with whom batch norms share their statistics.
+fn norms_with(others: &Others) -> Option<&dyn Collectives> {
+    others.ranks.others().filter(|_| others.sync_norms)
+}
+
 fn activated(activation: Activation, residual: Option<&Tensor>) -> Epilogue<'_> {
     Epilogue {
         residual,
@@ -677,7 +691,7 @@ fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     if let Some(last) = shape.last_mut() {
         *last = weight.dim(0)?;
     }
-    rows.matmul(&weight.t()?)?.reshape(shape)
+    product(&rows, &weight.t()?)?.reshape(shape)
 }
 
 /// Hands over the gradients of a weight and a bias, by their places, and gives that of `x` where it is
@@ -693,7 +707,7 @@ fn linear_backward(
     let rows = g.reshape(((), g.dim(D::Minus1)?))?;
     if let Some(place) = weight_place {
         let inputs = x.reshape(((), x.dim(D::Minus1)?))?;
-        sink(place, rows.t()?.matmul(&inputs)?.to_dtype(DType::F32)?)?;
+        sink(place, product(&rows.t()?, &inputs)?.to_dtype(DType::F32)?)?;
     }
     if let Some(place) = bias_place {
         sink(place, sum_to_channels(g)?)?;
@@ -701,7 +715,7 @@ fn linear_backward(
     if !wanted {
         return Ok(None);
     }
-    Ok(Some(rows.matmul(weight)?.reshape(x.dims())?))
+    Ok(Some(product(&rows, weight)?.reshape(x.dims())?))
 }
 
 /// Positions `[1, prefix + h·w, D]` on another grid, by what its rows and its columns are made of:
@@ -868,9 +882,6 @@ impl TrainingStep for CudaStep {
     }
 
     fn train_with(&mut self, others: Others) -> Result<()> {
-        if others.sync_norms {
-            bail!("batch norms are synchronised on the CPU only");
-        }
         self.others = others;
         Ok(())
     }
