@@ -125,7 +125,8 @@ fn check(row: &ModelRow) {
     let eager = Eager::new(graph.clone(), &vb).unwrap();
     assert!(params.report().is_complete() && params.report().unexpected.is_empty());
     check_training(row, &eager, &golden);
-    for case in &golden.cases {
+    let composed = Eager::new(graph.clone(), &vb).unwrap().composed();
+    for (index, case) in golden.cases.iter().enumerate() {
         let Case {
             height,
             width,
@@ -140,6 +141,12 @@ fn check(row: &ModelRow) {
         let logits = eager.forward(&batch).unwrap();
         let logits = logits.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let eager_error = relative_error(&logits, &case.logits);
+        // As on Metal; one size is enough.
+        let composed_error = (index == 0).then(|| {
+            let logits = composed.forward(&batch).unwrap();
+            let logits = logits.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            relative_error(&logits, &case.logits)
+        });
 
         let plan_error = |exact: bool| {
             let options = Options::threads(2).exact(exact);
@@ -165,6 +172,7 @@ fn check(row: &ModelRow) {
             assert!(error <= tolerance, "{}: {what} {error:e}", row.name);
         };
         check("eager", eager_error, tolerance);
+        check("composed", composed_error.unwrap_or_default(), tolerance);
         check("exact plan", exact_error, tolerance);
         // Winograd's algorithm costs digits.
         check("plan", fast_error, tolerance.max(1e-4));

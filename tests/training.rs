@@ -31,6 +31,8 @@ fn network(name: &str, classes: usize, device: &Device) -> (Graph, Variables) {
 #[derive(Clone, Copy)]
 enum Way {
     Eager,
+    /// As on Metal.
+    Composed,
     Plan,
     /// On a device, or with its kernels on the CPU.
     #[cfg(any(feature = "cuda", feature = "emulated"))]
@@ -40,7 +42,7 @@ enum Way {
 impl Way {
     fn device(self) -> Device {
         match self {
-            Way::Eager | Way::Plan => Device::Cpu,
+            Way::Eager | Way::Composed | Way::Plan => Device::Cpu,
             #[cfg(any(feature = "cuda", feature = "emulated"))]
             Way::Cuda if cfg!(feature = "emulated") => Device::Cpu,
             #[cfg(any(feature = "cuda", feature = "emulated"))]
@@ -51,6 +53,7 @@ impl Way {
     fn step(self, graph: Graph, variables: &Variables) -> Box<dyn TrainingStep> {
         match self {
             Way::Eager => Box::new(EagerStep::new(graph, variables).unwrap()),
+            Way::Composed => Box::new(EagerStep::new(graph, variables).unwrap().composed()),
             Way::Plan => Box::new(PlanStep::new(graph, variables, Options::threads(2)).unwrap()),
             #[cfg(any(feature = "cuda", feature = "emulated"))]
             Way::Cuda => Box::new(
@@ -145,6 +148,28 @@ fn the_plans_gradients_are_pytorchs() {
 #[test]
 fn candles_gradients_are_pytorchs() {
     check_gradients(registry::all().iter().map(|row| row.name), Way::Eager);
+}
+
+#[test]
+fn composed_gradients_are_pytorchs() {
+    let one_of_each = [
+        "resnet18",
+        "resnext50_32x4d",
+        "mobilenet_v1_100",
+        "mobilenet_v2",
+        "mobilenet_v3_small",
+        "shufflenet_v1_x1_0_g3",
+        "shufflenet_v2_x1_0",
+        "efficientnet_lite0",
+        "vit_tiny_patch16_224",
+    ];
+    check_gradients(one_of_each, Way::Composed);
+}
+
+#[test]
+#[ignore = "takes five minutes"]
+fn all_composed_gradients_are_pytorchs() {
+    check_gradients(registry::all().iter().map(|row| row.name), Way::Composed);
 }
 
 #[cfg(any(feature = "cuda", feature = "emulated"))]

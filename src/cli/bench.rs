@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::{Global, Outcome, ReportFormat, complain};
 use crate::exec::cpu::Plan;
 use crate::exec::params::Params;
-use crate::exec::{Runner, TrainingStep, Variables, training_step};
+use crate::exec::{Runner, TrainingStep, Variables, training_step, with_advice};
 use crate::train::{CrossEntropy, Group, Optimizer, Rule, Targets, Workers};
 use crate::weights::{Model, ModelError, Request, WeightsChoice, resolve};
 
@@ -70,6 +70,8 @@ struct Report {
 enum Work {
     /// The images, `[N, H, W, 3]`.
     Forward(Box<Runner>, Vec<f32>),
+    /// The same, with the images on the device.
+    There(Box<Runner>, Tensor),
     Train(Box<Training>),
 }
 
@@ -78,6 +80,7 @@ impl Work {
     fn timings(&self) -> Vec<(&str, &'static str, Duration)> {
         match self {
             Work::Forward(runner, _) => runner.plan().into_iter().flat_map(Plan::timings).collect(),
+            Work::There(..) => Vec::new(),
             Work::Train(training) => training.step.timings(),
         }
     }
@@ -126,13 +129,19 @@ impl Training {
 
     fn step(&mut self) -> anyhow::Result<()> {
         const RATE: f64 = 1e-4;
-        let logits = self.step.forward(&self.images, &mut self.generator)?;
+        let (images, count) = (&self.images, self.images.dim(0)?);
+        let outcome = self.step.forward(images, &mut self.generator);
+        let logits = with_advice(outcome, count, |count| self.step.probe(images, count))?;
         let targets = Targets::Classes(&self.labels);
         let (_, gradient) = self.loss.loss(&logits, targets)?;
         let mut gradients = vec![None; self.step.parameters().len()];
-        self.step.backward(&gradient, &mut |index, gradient| {
+        let outcome = self.step.backward(&gradient, &mut |index, gradient| {
             gradients[index] = Some(gradient);
             Ok(())
+        });
+        with_advice(outcome, count, |count| {
+            gradients.fill(None);
+            self.step.probe(images, count)
         })?;
         let gradients: Option<Vec<Tensor>> = gradients.into_iter().collect();
         let gradients = gradients.context("a parameter without a gradient")?;
@@ -178,7 +187,13 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         Work::Train(Box::new(Training::new(&model, images, global)?))
     } else {
         let runner = model.runner(&device, [size; 2], global.plan_options())?;
-        Work::Forward(Box::new(runner), images)
+        let runner = Box::new(runner);
+        if device.is_cpu() {
+            Work::Forward(runner, images)
+        } else {
+            let images = Tensor::from_vec(images, (count, size, size, 3), &device)?;
+            Work::There(runner, images)
+        }
     };
     load += started.elapsed();
     let mut times = Vec::new();
@@ -186,8 +201,13 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
         let started = Instant::now();
         match &mut work {
             Work::Forward(runner, images) => runner.run(images, count).map(drop)?,
+            Work::There(runner, images) => {
+                let pass = |count| runner.run_there(&images.narrow(0, 0, count)?).map(drop);
+                with_advice(pass(count), count, pass)?;
+            }
             Work::Train(training) => training.step()?,
         }
+        device.synchronize()?;
         Ok(started.elapsed().as_secs_f64() * 1e3)
     };
     for _ in 0..WARM_UP {

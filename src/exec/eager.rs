@@ -30,6 +30,8 @@ pub struct Eager {
     parameters: Vec<Vec<Tensor>>,
     /// Nodes that are in evaluation mode always: batch norms on their stored statistics.
     fixed: Vec<bool>,
+    /// No convolution is candle's own: all are products of unfolded images.
+    composed: bool,
 }
 
 /// What distinguishes training from evaluation.
@@ -75,9 +77,10 @@ impl Eager {
             .nodes()
             .iter()
             .map(|node| node.parameters.iter().map(|p| fetch(vb, p)).collect())
-            .collect::<Result<_>>()?;
+            .collect::<Result<Vec<_>>>()?;
         let fixed = vec![false; graph.nodes().len()];
         Ok(Self {
+            composed: needs_composing(&parameters),
             graph,
             parameters,
             fixed,
@@ -98,7 +101,7 @@ impl Eager {
             .nodes()
             .iter()
             .map(|node| node.parameters.iter().map(|p| tensor(&p.name)).collect())
-            .collect::<Result<_>>()?;
+            .collect::<Result<Vec<_>>>()?;
         let fixed = graph
             .nodes()
             .iter()
@@ -108,10 +111,19 @@ impl Eager {
             })
             .collect();
         Ok(Self {
+            composed: needs_composing(&parameters),
             graph,
             parameters,
             fixed,
         })
+    }
+
+    /// The same without candle's convolutions, as on Metal.
+    pub fn composed(self) -> Self {
+        Self {
+            composed: true,
+            ..self
+        }
     }
 
     pub fn graph(&self) -> &Graph {
@@ -191,7 +203,7 @@ impl Eager {
         let x = &inputs[0];
         match node.op {
             Op::Input => Ok(x.clone()),
-            Op::Conv2d(ref c) => conv2d(c, x, &parameters[0], parameters.get(1)),
+            Op::Conv2d(ref c) => conv2d(c, x, &parameters[0], parameters.get(1), self.composed),
             Op::BatchNorm { eps, momentum, .. } => match mode {
                 Mode::Train(training) if !self.fixed[id.index()] => {
                     let (y, running) = train_batch_norm(&node.name, x, parameters, eps, momentum)?;
@@ -427,41 +439,64 @@ fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> 
     if let Some(last) = dims.last_mut() {
         *last = weight.dim(0)?;
     }
-    let y = in_parts(&rows, weight)?.reshape(dims)?;
+    let y = in_parts(&rows, &weight.t()?)?.reshape(dims)?;
     match bias {
         Some(bias) => y.broadcast_add(&for_sequences(bias, &y)?),
         None => Ok(y),
     }
 }
 
-/// `rows` `[R, in]` times the transposed weight `[out, in]`, in parts along all three: each is what is summed
-/// over in the product itself or in one of its gradients, and candle's sums on the CPU are long chains.
-fn in_parts(rows: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    if !rows.device().is_cpu() {
-        return rows.matmul(&weight.t()?);
+/// `a` `[.., R, K]` times `b` `[.., K, C]`, in parts along all three: each is what is summed over in the
+/// product itself or in one of its gradients, and candle's sums on the CPU are long chains.
+fn in_parts(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if !a.device().is_cpu() {
+        return a.matmul(b);
     }
     let along = |tensor: &Tensor, dim: usize| -> Result<Vec<Tensor>> {
         tensor.chunk(tensor.dim(dim)?.div_ceil(CHAIN).max(1), dim)
     };
-    let weights = along(weight, 0)?
-        .iter()
-        .map(|outputs| along(outputs, 1))
-        .collect::<Result<Vec<_>>>()?;
-    let line = |rows: &Tensor| {
-        let inputs = along(rows, 1)?;
-        let block = |weights: &Vec<Tensor>| {
-            let mut products = inputs.iter().zip(weights).map(|(x, w)| x.matmul(&w.t()?));
-            let first = products.next().expect("a layer has inputs")?;
-            products.try_fold(first, |sum, product| sum + product?)
-        };
-        Tensor::cat(&weights.iter().map(block).collect::<Result<Vec<_>>>()?, 1)
+    let rank = a.rank();
+    let (rows, columns) = (rank - 2, rank - 1);
+    let product = |a: &Tensor, b: &Tensor| match rank {
+        2 => a.matmul(b),
+        // A batch of parts has to lie together.
+        _ => a.contiguous()?.matmul(&b.contiguous()?),
     };
-    let rows = along(rows, 0)?;
-    Tensor::cat(&rows.iter().map(line).collect::<Result<Vec<_>>>()?, 0)
+    let factors = along(b, columns)?
+        .iter()
+        .map(|outputs| along(outputs, rows))
+        .collect::<Result<Vec<_>>>()?;
+    let line = |a: &Tensor| {
+        let inputs = along(a, columns)?;
+        let block = |factors: &Vec<Tensor>| {
+            let mut products = inputs.iter().zip(factors).map(|(a, b)| product(a, b));
+            let first = products.next().expect("a layer has inputs")?;
+            products.try_fold(first, |sum, part| sum + part?)
+        };
+        Tensor::cat(
+            &factors.iter().map(block).collect::<Result<Vec<_>>>()?,
+            columns,
+        )
+    };
+    let lines = along(a, rows)?;
+    Tensor::cat(&lines.iter().map(line).collect::<Result<Vec<_>>>()?, rows)
 }
 
-fn conv2d(c: &Conv2d, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let y = if c.groups == 1 {
+/// Whether convolutions have to be composed: on Metal candle reads a kernel that is not contiguous wrongly,
+/// and its way back makes such kernels.
+fn needs_composing(parameters: &[Vec<Tensor>]) -> bool {
+    let mut tensors = parameters.iter().flatten();
+    tensors.next().is_some_and(|t| t.device().is_metal())
+}
+
+fn conv2d(
+    c: &Conv2d,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    composed: bool,
+) -> Result<Tensor> {
+    let y = if c.groups == 1 && !composed {
         match c.padding {
             Padding::Symmetric(p) if c.stride == 1 => x.conv2d(weight, p, 1, 1, 1)?,
             // Padded by hand, to just what the windows reach: candle's backward pass takes the
@@ -515,12 +550,16 @@ fn grouped(c: &Conv2d, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         .collect::<Result<Vec<_>>>()?;
     let columns = Tensor::stack(&columns, 3)?;
     let columns = columns.reshape((n, c.groups, inputs * taps.len(), h * w))?;
-    weight
+    let weight = weight
         .reshape((1, c.groups, outputs, inputs * taps.len()))?
         .broadcast_as((n, c.groups, outputs, inputs * taps.len()))?
-        .contiguous()?
-        .matmul(&columns)?
-        .reshape((n, c.out_channels, h, w))
+        .contiguous()?;
+    // The sums of few channels are short.
+    let y = match c.groups {
+        1 => in_parts(&weight, &columns)?,
+        _ => weight.matmul(&columns)?,
+    };
+    y.reshape((n, c.out_channels, h, w))
 }
 
 /// Zeros around an image `[N, C, H, W]`.

@@ -70,32 +70,36 @@ impl Runner {
     /// # Errors
     /// Where the device fails; where its memory is too small, with the batch that would fit.
     pub fn run(&mut self, images: &[f32], count: usize) -> candle_core::Result<Vec<f32>> {
-        match &mut self.engine {
+        let [h, w] = self.size;
+        let device = match &mut self.engine {
             Engine::Cpu(plan) => {
                 plan.run(images, count);
-                Ok(plan.output(0).to_vec())
+                return Ok(plan.output(0).to_vec());
             }
             #[cfg(feature = "cuda")]
-            Engine::Cuda(network, device) => {
-                let [h, w] = self.size;
-                let pass = |count: usize| {
-                    let images = &images[..count * h * w * 3];
-                    let images = Tensor::from_slice(images, (count, h, w, 3), device)?;
-                    network.forward(&images)?.flatten_all()?.to_vec1()
-                };
-                with_advice(pass(count), count, |count| pass(count).map(drop))
+            Engine::Cuda(_, device) => device.clone(),
+            Engine::Device(_, device) => device.clone(),
+        };
+        let pass = |count: usize| {
+            let images = &images[..count * h * w * 3];
+            self.run_there(&Tensor::from_slice(images, (count, h, w, 3), &device)?)
+        };
+        with_advice(pass(count), count, |count| pass(count).map(drop))
+    }
+
+    /// The same of images that are on the device already.
+    ///
+    /// # Errors
+    /// Where the device fails, and on the CPU, whose images are no tensors.
+    pub fn run_there(&self, images: &Tensor) -> candle_core::Result<Vec<f32>> {
+        let output = match &self.engine {
+            Engine::Cpu(_) => candle_core::bail!("the CPU's plan takes values"),
+            #[cfg(feature = "cuda")]
+            Engine::Cuda(network, _) => network.forward(images)?,
+            Engine::Device(eager, _) => {
+                eager.forward(&images.permute((0, 3, 1, 2))?.contiguous()?)?
             }
-            Engine::Device(eager, device) => {
-                let [h, w] = self.size;
-                let pass = |count: usize| {
-                    let images = &images[..count * h * w * 3];
-                    let images = Tensor::from_slice(images, (count, h, w, 3), device)?
-                        .permute((0, 3, 1, 2))?
-                        .contiguous()?;
-                    eager.forward(&images)?.flatten_all()?.to_vec1()
-                };
-                with_advice(pass(count), count, |count| pass(count).map(drop))
-            }
-        }
+        };
+        output.flatten_all()?.to_vec1()
     }
 }

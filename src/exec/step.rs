@@ -3,6 +3,7 @@ use std::time::Duration;
 
 use candle_core::{Result, Tensor, Var, bail};
 use candle_nn::var_builder::VarBuilder;
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use super::cpu::Options;
@@ -80,6 +81,16 @@ pub trait TrainingStep {
     /// # Errors
     /// Where statistics are to be shared and this way of training cannot.
     fn train_with(&mut self, others: Others) -> Result<()>;
+
+    /// Whether a step of the first `count` of these images has room: what it computes is of no use.
+    ///
+    /// # Errors
+    /// Where the device fails, for want of memory or else.
+    fn probe(&mut self, images: &Tensor, count: usize) -> Result<()> {
+        let images = images.narrow(0, 0, count)?.contiguous()?;
+        let logits = self.forward(&images, &mut ChaCha8Rng::seed_from_u64(0))?;
+        self.backward(&logits.zeros_like()?, &mut |_, _| Ok(()))
+    }
 
     /// For every step of a compiled plan the node that it belongs to, what kind of step it is, and
     /// the time spent in it so far; empty where there is no plan.
@@ -173,6 +184,14 @@ impl EagerStep {
             variables: variables.clone(),
             logits: None,
         })
+    }
+
+    /// The same without candle's convolutions, as on Metal.
+    pub fn composed(self) -> Self {
+        Self {
+            network: self.network.composed(),
+            ..self
+        }
     }
 }
 
@@ -337,7 +356,6 @@ impl TrainingStep for HeadStep {
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
-    use rand::SeedableRng;
 
     use super::*;
     use crate::exec::params::Params;

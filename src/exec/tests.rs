@@ -2,7 +2,6 @@
 //! device's steps with their kernels run on the CPU.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::mem::discriminant;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
@@ -27,7 +26,22 @@ enum Way {
     Cuda,
 }
 
+/// Where CUDA's kernels are tried: on a device where the build has them, else on the CPU.
+fn cuda_device() -> Device {
+    match cfg!(feature = "cuda") {
+        true => Device::new_cuda(0).unwrap(),
+        false => Device::Cpu,
+    }
+}
+
 impl Way {
+    fn device(self) -> Device {
+        match self {
+            Way::Plan => Device::Cpu,
+            Way::Cuda => cuda_device(),
+        }
+    }
+
     fn step(self, graph: &Graph, variables: &Variables, threads: usize) -> Box<dyn TrainingStep> {
         let graph = graph.clone();
         match self {
@@ -46,7 +60,7 @@ fn random(rng: &mut ChaCha8Rng, shape: &[usize]) -> Tensor {
 }
 
 /// Random values for everything, so that no norm is the identity and no head is zero.
-fn variables(graph: &Graph, frozen: &BTreeSet<String>, seed: u64) -> Variables {
+fn variables(graph: &Graph, frozen: &BTreeSet<String>, seed: u64, device: &Device) -> Variables {
     let vb = Params::new(None, seed).var_builder(&Device::Cpu);
     let begun = Variables::new(graph, &vb, &BTreeSet::new()).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -61,7 +75,7 @@ fn variables(graph: &Graph, frozen: &BTreeSet<String>, seed: u64) -> Variables {
         }
         tensors.insert(name.clone(), value);
     }
-    let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    let vb = VarBuilder::from_tensors(tensors, DType::F32, device);
     Variables::new(graph, &vb, frozen).unwrap()
 }
 
@@ -77,9 +91,11 @@ struct Pass {
 
 fn pass(step: &mut dyn TrainingStep, images: &Tensor, gradient: &Tensor) -> Result<Pass> {
     let names: Vec<String> = step.parameters().iter().map(|(n, _)| n.clone()).collect();
-    let logits = step.forward(images, &mut ChaCha8Rng::seed_from_u64(5))?;
+    let device = step.parameters()[0].1.device().clone();
+    let [images, gradient] = [images.to_device(&device)?, gradient.to_device(&device)?];
+    let logits = step.forward(&images, &mut ChaCha8Rng::seed_from_u64(5))?;
     let mut gradients = BTreeMap::new();
-    step.backward(gradient, &mut |index, tensor| {
+    step.backward(&gradient, &mut |index, tensor| {
         let old = gradients.insert(names[index].clone(), values(&tensor)?);
         assert!(old.is_none(), "{} comes twice", names[index]);
         Ok(())
@@ -165,7 +181,7 @@ fn compare_graphs(
     let images = random(&mut rng, &[count, 3, size[0], size[1]]);
     let gradient = random(&mut rng, &[count, 7]);
     let eager = |dtype: DType| {
-        let narrow = variables(graph, frozen, 1);
+        let narrow = variables(graph, frozen, 1, &Device::Cpu);
         let wide =
             |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.to_dtype(dtype).unwrap());
         let tensors = narrow.tensors().iter().map(wide).collect();
@@ -177,7 +193,7 @@ fn compare_graphs(
     };
     let expected = eager(DType::F64);
     let run = |threads: usize| {
-        let variables = variables(graph, frozen, 1);
+        let variables = variables(graph, frozen, 1, &way.device());
         let mut step = way.step(graph, &variables, threads);
         pass(step.as_mut(), &images, &gradient).unwrap()
     };
@@ -418,11 +434,11 @@ fn random_graph(rng: &mut ChaCha8Rng) -> Graph {
 /// Every network's logits as candle's, in evaluation mode, with another size than its own.
 #[cfg(target_os = "linux")]
 #[test]
-fn logits_on_cuda() {
+fn cuda_logits_are_candles() {
     let mut families = HashSet::new();
     for row in registry::all() {
         let graph = row.architecture.graph(7);
-        let variables = variables(&graph, &BTreeSet::new(), 2);
+        let variables = variables(&graph, &BTreeSet::new(), 2, &Device::Cpu);
         let tensors = variables.tensors().clone().into_iter().collect();
         let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
         let images = random(&mut ChaCha8Rng::seed_from_u64(3), &[1, 3, 64, 96]);
@@ -446,23 +462,26 @@ fn logits_on_cuda() {
         ] {
             // Of a family one is enough, and random weights let the values of deep networks grow beyond
             // float16's.
-            let family = !families.contains(&discriminant(&row.architecture));
+            let family = !families.contains(row.architecture.family());
             if precision != Precision::F32 && (!family || largest > 3e4) {
                 continue;
             }
-            let network = CudaNetwork::new(graph.clone(), &vb, precision).unwrap();
+            let there = variables.tensors().clone().into_iter().collect();
+            let there = VarBuilder::from_tensors(there, DType::F32, &cuda_device());
+            let network = CudaNetwork::new(graph.clone(), &there, precision).unwrap();
+            let images = images.to_device(&cuda_device()).unwrap();
             let actual = values(&network.forward(&images).unwrap()).unwrap();
             let error = distance(&actual, &expected) / size_of(&expected);
             assert!(error < bound, "{} in {precision}: {error}", row.name);
         }
-        families.insert(discriminant(&row.architecture));
+        families.insert(row.architecture.family());
     }
 }
 
 /// Gradients in fewer digits: as near as these allow, and float16's not lost at its ends.
 #[cfg(target_os = "linux")]
 #[test]
-fn gradients_in_other_precisions() {
+fn cuda_gradients_in_other_precisions() {
     let mut rng = ChaCha8Rng::seed_from_u64(13);
     for case in 0..12 {
         let graph = random_graph(&mut rng);
@@ -470,7 +489,7 @@ fn gradients_in_other_precisions() {
         let images = random(&mut rng, &[4, 3, 24, 20]);
         let gradient = random(&mut rng, &[4, 7]);
         let run = |precision: Precision, factor: f64| {
-            let variables = variables(&graph, &none, 1);
+            let variables = variables(&graph, &none, 1, &cuda_device());
             let mut step = CudaStep::new(graph.clone(), &variables, precision).unwrap();
             let gradient = (&gradient * factor).unwrap();
             let mut pass = pass(&mut step, &images, &gradient).unwrap();
@@ -502,10 +521,10 @@ fn gradients_in_other_precisions() {
 /// A gradient that is not finite comes out of the way back, which does not go on for ever.
 #[cfg(target_os = "linux")]
 #[test]
-fn what_is_not_finite_is_handed_over() {
+fn cuda_hands_over_what_is_not_finite() {
     let mut rng = ChaCha8Rng::seed_from_u64(17);
     let graph = random_graph(&mut rng);
-    let variables = variables(&graph, &BTreeSet::new(), 1);
+    let variables = variables(&graph, &BTreeSet::new(), 1, &cuda_device());
     let mut step = CudaStep::new(graph, &variables, Precision::F16).unwrap();
     let images = random(&mut rng, &[2, 3, 24, 20]);
     let gradient = Tensor::full(f32::INFINITY, (2, 7), &Device::Cpu).unwrap();
@@ -565,7 +584,7 @@ impl Collectives for Pair {
 /// Two ranks with parts of a batch, whose norms share their statistics, are as one with all of it.
 #[cfg(target_os = "linux")]
 #[test]
-fn synchronised_norms_are_those_of_the_whole_batch() {
+fn cuda_norms_in_step_are_those_of_the_whole_batch() {
     let mut rng = ChaCha8Rng::seed_from_u64(19);
     for _ in 0..8 {
         let graph = random_graph(&mut rng);
@@ -573,7 +592,7 @@ fn synchronised_norms_are_those_of_the_whole_batch() {
         let gradient = random(&mut rng, &[5, 7]);
         let none = BTreeSet::new();
         let whole = {
-            let variables = variables(&graph, &none, 1);
+            let variables = variables(&graph, &none, 1, &cuda_device());
             let mut step = CudaStep::new(graph.clone(), &variables, Precision::F32).unwrap();
             pass(&mut step, &images, &gradient).unwrap()
         };
@@ -589,7 +608,7 @@ fn synchronised_norms_are_those_of_the_whole_batch() {
                 let part = |t: &Tensor| t.narrow(0, 2 * rank, 2 + rank).unwrap().copy().unwrap();
                 let (images, gradient) = (part(&images), part(&gradient));
                 scope.spawn(move || {
-                    let variables = variables(graph, none, 1);
+                    let variables = variables(graph, none, 1, &cuda_device());
                     let mut step =
                         CudaStep::new(graph.clone(), &variables, Precision::F32).unwrap();
                     step.train_with(Others {

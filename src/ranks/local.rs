@@ -67,7 +67,7 @@ pub fn run(
                 index += 1;
                 continue;
             };
-            processes.0.remove(index);
+            drop(processes.0.swap_remove(index));
             // One that was interrupted has saved its work, as the others do then.
             if code == 0 {
                 code = code_of(status);

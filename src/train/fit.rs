@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
-use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use super::error::TrainError;
@@ -581,7 +580,7 @@ impl Fitting {
             })?;
         }
         let outcome = self.step.forward(&batch.tensor, dropout);
-        let logits = with_advice(outcome, own, |count| self.probe(&batch.tensor, count))?;
+        let logits = with_advice(outcome, own, |count| self.step.probe(&batch.tensor, count))?;
         let (mut loss, mut at_logits, correct) = if absent {
             (0.0, logits.zeros_like()?, 0.0)
         } else {
@@ -624,7 +623,7 @@ impl Fitting {
         });
         with_advice(outcome, own, |count| {
             gradients.fill(None);
-            self.probe(&batch.tensor, count)
+            self.step.probe(&batch.tensor, count)
         })?;
         if let Some(exchange) = exchange {
             exchange.finish(gradients, &self.run.device)?;
@@ -632,16 +631,6 @@ impl Fitting {
         // Last, when the gradients' sums have made the ranks wait for each other anyway.
         let [loss, correct] = ranks.sum([loss, correct]);
         Ok(learned(loss, correct, total))
-    }
-
-    /// Whether a step of so many of these images has room: what it computes is of no use.
-    fn probe(&mut self, images: &Tensor, count: usize) -> candle_core::Result<()> {
-        let images = images.narrow(0, 0, count)?.contiguous()?;
-        let logits = self
-            .step
-            .forward(&images, &mut ChaCha8Rng::seed_from_u64(0))?;
-        self.step
-            .backward(&logits.zeros_like()?, &mut |_, _| Ok(()))
     }
 
     /// Puts the sums over all ranks in the place of gradients.

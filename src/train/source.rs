@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::sync::mpsc::{Receiver, sync_channel};
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -150,7 +151,15 @@ impl Source {
     pub fn epoch(&mut self, epoch: u64, first: usize) -> Result<Epoch<'_>> {
         let features = self.backbone.as_ref().and_then(|b| b.features.as_ref());
         let batches = match features {
-            None => Kind::Read(self.plan.training(epoch, first)?),
+            None => {
+                let batches = self.plan.training(epoch, first)?;
+                if self.backbone.is_none() && !self.device.is_cpu() {
+                    let size = self.plan.preprocessing.crop;
+                    Kind::Ahead(ahead(batches, size, self.device.clone())?)
+                } else {
+                    Kind::Read(batches)
+                }
+            }
             Some(_) => Kind::Known(self.plan.training_samples(epoch, first).into_iter()),
         };
         Ok(Epoch {
@@ -168,6 +177,8 @@ pub(super) struct Epoch<'a> {
 
 enum Kind {
     Read(Batches),
+    /// Batches whose images are on the device already.
+    Ahead(Receiver<Result<Inputs>>),
     /// Batches of positions of samples whose features are known.
     Known(std::vec::IntoIter<Vec<usize>>),
 }
@@ -180,34 +191,77 @@ impl Epoch<'_> {
                 let batch = batches.next()?;
                 Some(self.source.read(batch))
             }
+            Kind::Ahead(batches) => batches.recv().ok(),
             Kind::Known(batches) => batches.next().map(|samples| self.source.known(&samples)),
         }
     }
 }
 
+/// A batch's pixels; where it has none, those of one black image.
+fn or_nothing(pixels: Vec<f32>, batch: &Batch, size: usize) -> Vec<f32> {
+    match batch.labels.is_empty() {
+        true => vec![0.0; size * size * 3],
+        false => pixels,
+    }
+}
+
+/// A batch's images, pixel after pixel in memory, seen as `[N, 3, H, W]`.
+fn on_device(pixels: Vec<f32>, batch: &Batch, size: usize, device: &Device) -> Result<Tensor> {
+    let count = batch.labels.len().max(1);
+    let pixels = or_nothing(pixels, batch, size);
+    Tensor::from_vec(pixels, (count, size, size, 3), device)?.permute((0, 3, 1, 2))
+}
+
+/// Copies batches to the device while it computes on those before: the thread has a stream of its own, and
+/// hands over what is there.
+fn ahead(
+    batches: impl Iterator<Item = Batch> + Send + 'static,
+    size: usize,
+    device: Device,
+) -> std::io::Result<Receiver<Result<Inputs>>> {
+    let (to, from) = sync_channel(1);
+    let copy = move |mut batch: Batch| {
+        let pixels = std::mem::take(&mut batch.pixels);
+        let tensor = on_device(pixels, &batch, size, &device)?;
+        device.synchronize()?;
+        Ok(inputs(batch, tensor))
+    };
+    std::thread::Builder::new()
+        .name("copy".into())
+        .spawn(move || {
+            for batch in batches {
+                // Nobody waits for it where training has ended.
+                if to.send(copy(batch)).is_err() {
+                    break;
+                }
+            }
+        })?;
+    Ok(from)
+}
+
+fn inputs(batch: Batch, tensor: Tensor) -> Inputs {
+    Inputs {
+        tensor,
+        labels: batch.labels,
+        own_share: batch.own_share,
+        skipped: batch.skipped,
+    }
+}
+
 impl Source {
     fn read(&mut self, mut batch: Batch) -> Result<Inputs> {
-        let count = batch.labels.len().max(1);
-        let size = self.plan.preprocessing.crop;
-        if batch.labels.is_empty() {
-            batch.pixels = vec![0.0; size * size * 3];
-        }
+        let pixels = std::mem::take(&mut batch.pixels);
         let tensor = match &mut self.backbone {
             Some(backbone) => {
-                let values = backbone.runner.run(&batch.pixels, count)?;
+                let count = batch.labels.len().max(1);
+                let pixels = or_nothing(pixels, &batch, self.plan.preprocessing.crop);
+                let values = backbone.runner.run(&pixels, count)?;
                 let width = values.len() / count;
                 Tensor::from_vec(values, (count, width), &self.device)?
             }
-            // Pixel after pixel in memory, seen as [N, 3, H, W].
-            None => Tensor::from_vec(batch.pixels, (count, size, size, 3), &self.device)?
-                .permute((0, 3, 1, 2))?,
+            None => on_device(pixels, &batch, self.plan.preprocessing.crop, &self.device)?,
         };
-        Ok(Inputs {
-            tensor,
-            labels: batch.labels,
-            own_share: batch.own_share,
-            skipped: batch.skipped,
-        })
+        Ok(inputs(batch, tensor))
     }
 
     fn known(&self, samples: &[usize]) -> Result<Inputs> {
@@ -231,5 +285,52 @@ impl Source {
             own_share: None,
             skipped: Vec::new(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn batch(label: usize) -> Batch {
+        Batch {
+            pixels: vec![label as f32; 2 * 2 * 3],
+            labels: vec![label],
+            samples: vec![label],
+            skipped: Vec::new(),
+            own_share: None,
+        }
+    }
+
+    #[test]
+    fn batches_come_ahead_in_their_order_and_whole() {
+        let absent = Batch {
+            labels: Vec::new(),
+            pixels: Vec::new(),
+            ..batch(0)
+        };
+        let batches = vec![batch(1), absent, batch(2)];
+        let found: Vec<Inputs> = ahead(batches.into_iter(), 2, Device::Cpu)
+            .unwrap()
+            .iter()
+            .map(Result::unwrap)
+            .collect();
+        let values = |inputs: &Inputs| {
+            inputs
+                .tensor
+                .flatten_all()
+                .unwrap()
+                .to_vec1::<f32>()
+                .unwrap()
+        };
+        let labels: Vec<_> = found.iter().map(|inputs| inputs.labels.clone()).collect();
+        assert_eq!(labels, [vec![1], vec![], vec![2]]);
+        for (inputs, value) in found.iter().zip([1f32, 0.0, 2.0]) {
+            assert_eq!(inputs.tensor.dims(), [1, 3, 2, 2]);
+            assert_eq!(values(inputs), [value; 12]);
+        }
+        // Who does not want the rest lets the thread end.
+        let endless = std::iter::repeat_with(|| batch(3));
+        drop(ahead(endless, 2, Device::Cpu).unwrap());
     }
 }

@@ -108,13 +108,14 @@ __device__ static inline float slope(int kind, float z) {
     }
 }
 
-// y = activation(x * scale[c] + shift[c] + residual).
-// p: x, scale or null, shift or null, residual or null, y. i: values, channels, activation, V.
+// y = activation((x - centre[c]) * scale[c] + shift[c] + residual).
+// p: x, centre, scale, shift, residual (each may be null), y. i: values, channels, activation, V.
 template <class T, int V> __device__ static void epilogue_of(const Args &a) {
     typedef Pack<T, V> P;
-    const P *x = (const P *)a.p[0], *residual = (const P *)a.p[3];
-    const float *scale = (const float *)a.p[1], *shift = (const float *)a.p[2];
-    P *y = (P *)a.p[4];
+    const P *x = (const P *)a.p[0], *residual = (const P *)a.p[4];
+    const float *centre = (const float *)a.p[1], *scale = (const float *)a.p[2];
+    const float *shift = (const float *)a.p[3];
+    P *y = (P *)a.p[5];
     int channels = a.i[1];
     for (unsigned j = INDEX; j < a.i[0] / V; j += STRIDE) {
         P in = x[j], out, other;
@@ -122,6 +123,7 @@ template <class T, int V> __device__ static void epilogue_of(const Args &a) {
         int c = (int)(j * V % channels);
         for (int v = 0; v < V; v++) {
             float z = get(in.v[v]);
+            if (centre) z -= centre[c + v];
             if (scale) z *= scale[c + v];
             if (shift) z += shift[c + v];
             if (residual) z += get(other.v[v]);
@@ -135,13 +137,14 @@ template <class T> __device__ static void epilogue(const Args &a) {
 }
 KERNEL(epilogue)
 
-// The gradient before the activation of the same: dz = g * slope(x * scale + shift + residual).
-// p: g, x, scale or null, shift or null, residual or null, dz. i: as above.
+// The gradient before the activation of the same: dz = g * slope(what the activation was given).
+// p: g, x, centre, scale, shift, residual, dz. i: as above.
 template <class T, int V> __device__ static void epilogue_backward_of(const Args &a) {
     typedef Pack<T, V> P;
-    const P *g = (const P *)a.p[0], *x = (const P *)a.p[1], *residual = (const P *)a.p[4];
-    const float *scale = (const float *)a.p[2], *shift = (const float *)a.p[3];
-    P *dz = (P *)a.p[5];
+    const P *g = (const P *)a.p[0], *x = (const P *)a.p[1], *residual = (const P *)a.p[5];
+    const float *centre = (const float *)a.p[2], *scale = (const float *)a.p[3];
+    const float *shift = (const float *)a.p[4];
+    P *dz = (P *)a.p[6];
     int channels = a.i[1];
     for (unsigned j = INDEX; j < a.i[0] / V; j += STRIDE) {
         P in = x[j], grad = g[j], out, other;
@@ -149,6 +152,7 @@ template <class T, int V> __device__ static void epilogue_backward_of(const Args
         int c = (int)(j * V % channels);
         for (int v = 0; v < V; v++) {
             float z = get(in.v[v]);
+            if (centre) z -= centre[c + v];
             if (scale) z *= scale[c + v];
             if (shift) z += shift[c + v];
             if (residual) z += get(other.v[v]);
@@ -204,7 +208,7 @@ template <class T> __device__ static void moments(const Args &a) {
 }
 KERNEL(moments)
 
-// A batch norm's numbers from those sums: mean, 1 / deviation, scale, shift, new running mean and
+// A batch norm's numbers from those sums: mean, 1 / deviation, scale, bias, new running mean and
 // variance.
 // p: x, sums [2, C], weight, bias, running mean, running variance, out [6, C]. i: rows, channels.
 // f: eps, momentum.
@@ -226,7 +230,7 @@ template <class T> __device__ static void batch_norm_numbers(const Args &a) {
         out[c] = mean;
         out[channels + c] = inverse;
         out[2 * channels + c] = scale;
-        out[3 * channels + c] = bias[c] - mean * scale;
+        out[3 * channels + c] = bias[c];
         out[4 * channels + c] = old_mean[c] * (1 - momentum) + mean * momentum;
         out[5 * channels + c] =
             old_variance[c] * (1 - momentum) + (float)(variance * count / (count - 1)) * momentum;
@@ -246,11 +250,11 @@ template <class T> __device__ static void batch_norm_sums(const Args &a) {
     for (unsigned j = INDEX; j < wide; j += STRIDE) {
         int c = (int)(j % channels);
         float mean = numbers[c], inverse = numbers[channels + c];
-        float scale = numbers[2 * channels + c], shift = numbers[3 * channels + c];
+        float scale = numbers[2 * channels + c], bias = numbers[3 * channels + c];
         Sum sum, product;
         for (unsigned at = j; at < end; at += wide) {
             float v = get(x[at]), dz = get(g[at]);
-            if (kind) dz *= slope(kind, v * scale + shift);
+            if (kind) dz *= slope(kind, (v - mean) * scale + bias);
             sum.add(dz);
             product.add(dz * (v - mean) * inverse);
         }
@@ -274,8 +278,9 @@ template <class T, int V> __device__ static void batch_norm_backward_of(const Ar
         for (int v = 0; v < V; v++) {
             int c = first + v;
             float scale = numbers[2 * channels + c], value = get(in.v[v]), dz = get(grad.v[v]);
+            value -= numbers[c];
             if (kind) dz *= slope(kind, value * scale + numbers[3 * channels + c]);
-            float normalised = (value - numbers[c]) * numbers[channels + c];
+            float normalised = value * numbers[channels + c];
             float mean = sums[c] * a.f[0], product = sums[channels + c] * a.f[0];
             put(out.v[v], scale * (dz - mean - normalised * product));
         }
@@ -370,6 +375,9 @@ template <class T> __device__ static void fold(const Args &a) {
 }
 KERNEL(fold)
 
+// Products that are added up in one go.
+#define CHAIN 16
+
 // Convolution of few channels a group. Weights are [kh, kw, inputs of a group, K].
 // p: x, weights, y. i: windows, then i[11] output channels K. f: groups.
 template <class T> __device__ static void grouped(const Args &a) {
@@ -393,8 +401,13 @@ template <class T> __device__ static void grouped(const Args &a) {
                 if (px < 0 || px >= s.w) continue;
                 const T *pixel = image + (py * s.w + px) * s.c;
                 const T *weight = weights + (ky * s.kw + kx) * inputs * outputs + k;
-                for (int i = 0; i < inputs; i++)
-                    sum += get(pixel[i]) * get(weight[i * outputs]);
+                // In two levels: short chains lose fewer digits.
+                for (int first = 0; first < inputs; first += CHAIN) {
+                    float part = 0;
+                    for (int i = first; i < first + CHAIN && i < inputs; i++)
+                        part += get(pixel[i]) * get(weight[i * outputs]);
+                    sum += part;
+                }
             }
         }
         put(y[j], sum);
@@ -424,7 +437,12 @@ template <class T> __device__ static void grouped_input(const Args &a) {
                 const T *grad = g + ((n * s.out_h + oy) * s.out_w + ox) * outputs + first;
                 const T *weight = weights +
                     ((ky * s.kw + kx) * inputs + c % inputs) * outputs + first;
-                for (int k = 0; k < each; k++) sum += get(grad[k]) * get(weight[k]);
+                for (int first = 0; first < each; first += CHAIN) {
+                    float part = 0;
+                    for (int k = first; k < first + CHAIN && k < each; k++)
+                        part += get(grad[k]) * get(weight[k]);
+                    sum += part;
+                }
             }
         }
         put(dx[j], sum);

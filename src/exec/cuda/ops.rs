@@ -44,11 +44,12 @@ fn pack(x: &Tensor) -> usize {
     }
 }
 
-/// What is done to a layer's output in one pass: scaled and shifted by channel, another tensor added, an
-/// activation.
+/// What is done to a layer's output in one pass: centred, scaled and shifted by channel, another tensor
+/// added, an activation.
 #[derive(Clone, Copy, Default)]
 pub struct Epilogue<'a> {
-    /// float32, one for each channel, like the next.
+    /// What is subtracted; float32, one for each channel, like the next two.
+    pub centre: Option<&'a Tensor>,
     pub scale: Option<&'a Tensor>,
     pub shift: Option<&'a Tensor>,
     pub residual: Option<&'a Tensor>,
@@ -57,7 +58,8 @@ pub struct Epilogue<'a> {
 
 impl Epilogue<'_> {
     fn is_nothing(&self) -> bool {
-        self.scale.is_none()
+        self.centre.is_none()
+            && self.scale.is_none()
             && self.shift.is_none()
             && self.residual.is_none()
             && self.activation.is_none()
@@ -79,7 +81,14 @@ impl Epilogue<'_> {
         }
         let y = empty(x.dims(), x.dtype(), x)?;
         let numbers = self.numbers(x);
-        let tensors = [Some(x), self.scale, self.shift, self.residual, Some(&y)];
+        let tensors = [
+            Some(x),
+            self.centre,
+            self.scale,
+            self.shift,
+            self.residual,
+            Some(&y),
+        ];
         let work = Work::Values(x.elem_count() / numbers[3]);
         launch("epilogue", x.dtype(), work, &tensors, &numbers, &[])?;
         Ok(y)
@@ -96,6 +105,7 @@ impl Epilogue<'_> {
         let tensors = [
             Some(g),
             Some(x),
+            self.centre,
             self.scale,
             self.shift,
             self.residual,
@@ -244,9 +254,9 @@ impl BatchNorm {
         self.numbers.get(row)
     }
 
-    /// What the input is multiplied with, and what is added then.
-    pub fn scale_and_shift(&self) -> Result<[Tensor; 2]> {
-        Ok([self.row(2)?, self.row(3)?])
+    /// What is subtracted from the input, what it is multiplied with, and what is added then.
+    pub fn centre_scale_shift(&self) -> Result<[Tensor; 3]> {
+        Ok([self.row(0)?, self.row(2)?, self.row(3)?])
     }
 
     /// The running mean and variance after this batch.

@@ -336,8 +336,9 @@ impl CudaNetwork {
                             norms_with(&others),
                         )?;
                         training.running.push((step.node, norm.running()?));
-                        let [scale, shift] = norm.scale_and_shift()?;
+                        let [centre, scale, shift] = norm.centre_scale_shift()?;
                         let y = Epilogue {
+                            centre: Some(&centre),
                             scale: Some(&scale),
                             shift: Some(&shift),
                             residual: residual.as_ref(),
@@ -352,6 +353,7 @@ impl CudaNetwork {
                                 let (g, left, residual_gradient) = match &residual {
                                     Some(_) => {
                                         let before = Epilogue {
+                                            centre: Some(&centre),
                                             scale: Some(&scale),
                                             shift: Some(&shift),
                                             residual: residual.as_ref(),
@@ -376,6 +378,7 @@ impl CudaNetwork {
                     _ => {
                         let [scale, shift] = [parameters[0].clone(), parameters[1].clone()];
                         let y = Epilogue {
+                            centre: None,
                             scale: Some(&scale),
                             shift: Some(&shift),
                             residual: residual.as_ref(),
@@ -386,6 +389,7 @@ impl CudaNetwork {
                             y,
                             Box::new(move |g, _| {
                                 let before = Epilogue {
+                                    centre: None,
                                     scale: Some(&scale),
                                     shift: Some(&shift),
                                     residual: residual.as_ref(),
