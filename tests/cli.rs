@@ -473,6 +473,25 @@ fn misuse_is_one_clear_error() {
 }
 
 #[test]
+#[cfg(not(feature = "cuda"))]
+fn what_only_cuda_does_says_so() {
+    let coffee = ["assets/coffee.png", "--precision", "bf16"];
+    classify(&coffee)
+        .assert()
+        .code(2)
+        .stderr(contains("--precision bf16").and(contains("CUDA")));
+    classify(&["assets/coffee.png", "--device", "cuda:0,1"])
+        .assert()
+        .code(2)
+        .stderr(contains("--device cuda:0,1").and(contains("finetune")));
+    sconce()
+        .args(["finetune", "assets", "--device", "cuda:0,1"])
+        .assert()
+        .code(2)
+        .stderr(contains("2 devices").and(contains("--features nccl")));
+}
+
+#[test]
 #[cfg(not(any(feature = "cuda", feature = "metal")))]
 fn a_device_that_is_not_built_in_says_how_to_get_it() {
     for (device, feature) in [("cuda", "cuda"), ("cuda:1", "cuda"), ("metal", "metal")] {

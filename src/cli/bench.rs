@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::{Global, Outcome, ReportFormat, complain};
 use crate::exec::cpu::Plan;
 use crate::exec::params::Params;
-use crate::exec::{Runner, TrainingStep, Variables, training_step, with_advice};
+use crate::exec::{Precision, Runner, TrainingStep, Variables, training_step, with_advice};
 use crate::train::{CrossEntropy, Group, Optimizer, Rule, Targets, Workers};
 use crate::weights::{Model, ModelError, Request, WeightsChoice, resolve};
 
@@ -56,6 +56,8 @@ struct Report {
     batch_size: usize,
     threads: usize,
     device: String,
+    /// What a CUDA device computes with; the CPU's is f32.
+    precision: Precision,
     train: bool,
     /// From nothing to a network that is ready: reading the weights and packing them.
     load_ms: f64,
@@ -231,6 +233,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
             "metal"
         }
         .into(),
+        precision: global.precision.unwrap_or_default(),
         train: arguments.train,
         load_ms: load.as_secs_f64() * 1e3,
         median_ms,
@@ -250,10 +253,14 @@ pub fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Outcome> {
     match arguments.format {
         ReportFormat::Json => writeln!(out, "{}", serde_json::to_string(&report)?)?,
         ReportFormat::Text => {
+            let computed = match device.is_cpu() {
+                true => format!("{} threads", report.threads),
+                false => format!("{} in {}", report.device, report.precision),
+            };
             writeln!(
                 out,
-                "{}, {size} x {size}, batch {count}, {} threads: median {median_ms:.2} ms, fastest {:.2} ms, {:.1} images a second",
-                report.model, report.threads, report.min_ms, report.images_per_second
+                "{}, {size} x {size}, batch {count}, {computed}: median {median_ms:.2} ms, fastest {:.2} ms, {:.1} images a second",
+                report.model, report.min_ms, report.images_per_second
             )?;
             if let Some(peak) = report.peak_memory_mb {
                 writeln!(out, "peak memory {peak:.0} MB")?;

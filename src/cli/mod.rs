@@ -213,6 +213,8 @@ impl Cli {
                     self.global.device
                 );
             }
+            #[cfg(feature = "cuda")]
+            self.global.device.check_each()?;
             let code = Ranks::start_each(several.len());
             return Ok(match code.map_err(anyhow::Error::msg)? {
                 0 => Outcome::AllDone,

@@ -42,6 +42,34 @@ pub enum DeviceError {
 }
 
 impl DeviceChoice {
+    /// Whether the machine has all of several devices, before a process is started for each.
+    ///
+    /// # Errors
+    /// Where it has not.
+    #[cfg(feature = "cuda")]
+    pub fn check_each(&self) -> Result<(), DeviceError> {
+        use candle_core::cuda_backend::cudarc::driver::CudaContext;
+
+        let DeviceChoice::CudaEach(several) = self else {
+            return Ok(());
+        };
+        let unavailable = |reason| DeviceError::Unavailable {
+            choice: self.clone(),
+            reason,
+        };
+        let count = CudaContext::device_count().map_err(|e| {
+            let error = format!("{e:?}");
+            unavailable(reason(&error))
+        })?;
+        match several.iter().find(|&&index| index >= count as usize) {
+            Some(index) => Err(unavailable(format!(
+                "there is no device {index}, they are counted from 0 to {}",
+                count - 1
+            ))),
+            None => Ok(()),
+        }
+    }
+
     /// Opens the device.
     ///
     /// # Errors
@@ -49,8 +77,7 @@ impl DeviceChoice {
     pub fn open(&self) -> Result<Device, DeviceError> {
         let unavailable = |e: candle_core::Error| DeviceError::Unavailable {
             choice: self.clone(),
-            // The first line: what follows is a backtrace.
-            reason: e.to_string().lines().next().unwrap_or_default().to_string(),
+            reason: reason(&e.to_string()),
         };
         let not_built = |feature| DeviceError::NotBuilt {
             choice: self.clone(),
@@ -83,6 +110,17 @@ impl DeviceChoice {
                 .unwrap_or(Device::Cpu)),
         }
     }
+}
+
+/// What a device's error says to people: the first line, as a backtrace follows, and of a driver's error
+/// with its code the words.
+fn reason(error: &str) -> String {
+    let line = error.lines().next().unwrap_or_default();
+    let words = line.strip_prefix("DriverError(").and_then(|rest| {
+        let (_, words) = rest.split_once('"')?;
+        Some(words.split_once('"')?.0)
+    });
+    words.unwrap_or(line).to_string()
 }
 
 /// # Errors
@@ -139,5 +177,39 @@ impl fmt::Display for DeviceChoice {
             }
             DeviceChoice::Metal => f.write_str("metal"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_written_as_they_are_read() {
+        for text in [
+            "auto",
+            "cpu",
+            "cuda",
+            "cuda:1",
+            "cuda:0,1",
+            "cuda:3,0,2",
+            "metal",
+        ] {
+            let choice: DeviceChoice = text.parse().unwrap();
+            assert_eq!(choice.to_string(), text);
+        }
+        assert_eq!("cuda:0".parse(), Ok(DeviceChoice::Cuda(0)));
+        for wrong in [
+            "", "gpu", "cuda:", "cuda:x", "cuda:0,", "cuda:1,1", "cuda:-1",
+        ] {
+            assert!(wrong.parse::<DeviceChoice>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_drivers_error_is_told_in_its_words() {
+        let error = "DriverError(CUDA_ERROR_NO_DEVICE, \"no device is there\")\n  0: backtrace";
+        assert_eq!(reason(error), "no device is there");
+        assert_eq!(reason("something else\nbelow"), "something else");
     }
 }

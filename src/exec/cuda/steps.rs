@@ -126,6 +126,8 @@ impl CudaNetwork {
         let dtype = precision.dtype();
         let prepared = nodes.map(|(node, tensors)| prepare(&node.op, tensors, true, dtype));
         let prepared = prepared.collect::<Result<_>>()?;
+        // Another thread, with a stream of its own, may be the one that computes.
+        vb.device().synchronize()?;
         let mut network = Self::from_parts(graph, parameters, precision, &|_| None);
         network.prepared = prepared;
         Ok(network)
