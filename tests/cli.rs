@@ -427,7 +427,7 @@ fn misuse_is_one_clear_error() {
         (&["--threads", "0"], "--threads"),
         (
             &["--device", "gpu"],
-            "expected auto, cpu, cuda, cuda:N or metal",
+            "expected auto, cpu, cuda, cuda:N, cuda:N,N or metal",
         ),
         (&["--model", "resnet19"], "there is resnet18"),
         (&["--model", "resnet18"], "sconce download resnet18.tv"),
