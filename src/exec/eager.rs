@@ -439,7 +439,7 @@ fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> 
     if let Some(last) = dims.last_mut() {
         *last = weight.dim(0)?;
     }
-    let y = in_parts(&rows, &weight.t()?)?.reshape(dims)?;
+    let y = in_parts(&rows, &weight.t()?, CHAIN)?.reshape(dims)?;
     match bias {
         Some(bias) => y.broadcast_add(&for_sequences(bias, &y)?),
         None => Ok(y),
@@ -447,13 +447,14 @@ fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> 
 }
 
 /// `a` `[.., R, K]` times `b` `[.., K, C]`, in parts along all three: each is what is summed over in the
-/// product itself or in one of its gradients, and candle's sums on the CPU are long chains.
-fn in_parts(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+/// product itself or in one of its gradients, and candle's sums on the CPU are long chains. `chain` terms are
+/// added up at once.
+fn in_parts(a: &Tensor, b: &Tensor, chain: usize) -> Result<Tensor> {
     if !a.device().is_cpu() {
         return a.matmul(b);
     }
     let along = |tensor: &Tensor, dim: usize| -> Result<Vec<Tensor>> {
-        tensor.chunk(tensor.dim(dim)?.div_ceil(CHAIN).max(1), dim)
+        tensor.chunk(tensor.dim(dim)?.div_ceil(chain).max(1), dim)
     };
     let rank = a.rank();
     let (rows, columns) = (rank - 2, rank - 1);
@@ -556,7 +557,7 @@ fn grouped(c: &Conv2d, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         .contiguous()?;
     // The sums of few channels are short.
     let y = match c.groups {
-        1 => in_parts(&weight, &columns)?,
+        1 => in_parts(&weight, &columns, CHAIN / 2)?,
         _ => weight.matmul(&columns)?,
     };
     y.reshape((n, c.out_channels, h, w))
