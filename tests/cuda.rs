@@ -89,3 +89,45 @@ fn cuda_says_what_fits() {
         .failure();
     assert.stderr(predicates::str::contains("--batch-size"));
 }
+
+/// Two devices learn what one learns, where the machine has two.
+#[cfg(feature = "nccl")]
+#[test]
+fn cuda_devices_learn_what_one_learns() {
+    if Device::new_cuda(1).is_err() {
+        println!("not run: there is one device");
+        return;
+    }
+    let data = common::photos(16);
+    let scratch = tempfile::tempdir().unwrap();
+    let weights = scratch.path().join("weights.safetensors");
+    common::write_formula(&weights, "resnet18", 3);
+    let loss = |device: &str| {
+        let out = scratch.path().join(device.replace([':', ','], "-"));
+        let mut finetune = Command::cargo_bin("sconce").unwrap();
+        finetune
+            .arg("finetune")
+            .arg(data.path())
+            .args(["-m", "resnet18", "--weights"])
+            .arg(&weights)
+            .args([
+                "--freeze",
+                "none",
+                "--norms",
+                "batch",
+                "--sync-bn",
+                "--augment",
+                "none",
+            ])
+            .args(["--epochs", "1", "-b", "16", "--device", device, "-o"])
+            .arg(&out)
+            .assert()
+            .success();
+        let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+        let epoch: serde_json::Value =
+            serde_json::from_str(metrics.lines().last().unwrap()).unwrap();
+        epoch["train_loss"].as_f64().unwrap()
+    };
+    let (one, two) = (loss("cuda:0"), loss("cuda:0,1"));
+    assert!((one - two).abs() < 1e-3 * one, "{one} and {two}");
+}

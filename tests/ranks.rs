@@ -12,10 +12,9 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use common::{golden, repository, write_formula};
+use common::{golden, photos, repository, write_formula};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use tempfile::TempDir;
 
 const SCONCE: &str = env!("CARGO_BIN_EXE_sconce");
 
@@ -50,24 +49,6 @@ fn run(command: &mut Command) -> Output {
         String::from_utf8_lossy(&output.stderr)
     );
     output
-}
-
-/// Pieces of the photos in folders named after them.
-fn photos(each: usize) -> TempDir {
-    let root = tempfile::tempdir().unwrap();
-    let mut rng = ChaCha8Rng::seed_from_u64(1);
-    for class in ["cat", "coffee", "photographer"] {
-        let photo = image::open(repository("assets").join(format!("{class}.png"))).unwrap();
-        fs::create_dir(root.path().join(class)).unwrap();
-        for i in 0..each {
-            let x = rng.random_range(0..photo.width() - 120);
-            let y = rng.random_range(0..photo.height() - 120);
-            let piece = photo.crop_imm(x, y, 120, 120).to_rgb8();
-            let path = root.path().join(class).join(format!("{i}.png"));
-            piece.save(path).unwrap();
-        }
-    }
-    root
 }
 
 /// The losses of every step that a run with -v tells.

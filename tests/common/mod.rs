@@ -7,6 +7,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use sconce::exec::params::TensorSource;
 use sconce::graph::Graph;
 use sconce::hub::Hub;
@@ -179,4 +181,22 @@ pub fn write_formula(path: &Path, model: &str, classes: usize) {
         (name, view.unwrap())
     });
     safetensors::serialize_to_file(views, None, path).unwrap();
+}
+
+/// Pieces of the photos in folders named after them.
+pub fn photos(each: usize) -> tempfile::TempDir {
+    let root = tempfile::tempdir().unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    for class in ["cat", "coffee", "photographer"] {
+        let photo = image::open(repository("assets").join(format!("{class}.png"))).unwrap();
+        std::fs::create_dir(root.path().join(class)).unwrap();
+        for i in 0..each {
+            let x = rng.random_range(0..photo.width() - 120);
+            let y = rng.random_range(0..photo.height() - 120);
+            let piece = photo.crop_imm(x, y, 120, 120).to_rgb8();
+            let path = root.path().join(class).join(format!("{i}.png"));
+            piece.save(path).unwrap();
+        }
+    }
+    root
 }

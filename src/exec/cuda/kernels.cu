@@ -108,27 +108,42 @@ __device__ static inline float slope(int kind, float z) {
     }
 }
 
-// y = activation((x - centre[c]) * scale[c] + shift[c] + residual).
-// p: x, centre, scale, shift, residual (each may be null), y. i: values, channels, activation, V.
-template <class T, int V> __device__ static void epilogue_of(const Args &a) {
-    typedef Pack<T, V> P;
-    const P *x = (const P *)a.p[0], *residual = (const P *)a.p[4];
-    const float *centre = (const float *)a.p[1], *scale = (const float *)a.p[2];
-    const float *shift = (const float *)a.p[3];
-    P *y = (P *)a.p[5];
-    int channels = a.i[1];
-    for (unsigned j = INDEX; j < a.i[0] / V; j += STRIDE) {
-        P in = x[j], out, other;
+// What an activation is given: (x - centre[c]) * scale[c] + shift[c] + residual, each where it is not null.
+template <class T, int V> struct Given {
+    const Pack<T, V> *x, *residual;
+    const float *centre, *scale, *shift;
+    int channels;
+
+    // Of p from `first` on: x, centre, scale, shift, residual.
+    __device__ Given(const Args &a, int first)
+        : x((const Pack<T, V> *)a.p[first]), residual((const Pack<T, V> *)a.p[first + 4]),
+          centre((const float *)a.p[first + 1]), scale((const float *)a.p[first + 2]),
+          shift((const float *)a.p[first + 3]), channels(a.i[1]) {}
+
+    __device__ void read(unsigned j, float *z) const {
+        Pack<T, V> in = x[j], other;
         if (residual) other = residual[j];
         int c = (int)(j * V % channels);
         for (int v = 0; v < V; v++) {
-            float z = get(in.v[v]);
-            if (centre) z -= centre[c + v];
-            if (scale) z *= scale[c + v];
-            if (shift) z += shift[c + v];
-            if (residual) z += get(other.v[v]);
-            put(out.v[v], activate(a.i[2], z));
+            z[v] = get(in.v[v]);
+            if (centre) z[v] -= centre[c + v];
+            if (scale) z[v] *= scale[c + v];
+            if (shift) z[v] += shift[c + v];
+            if (residual) z[v] += get(other.v[v]);
         }
+    }
+};
+
+// y = activation(given).
+// p: x, centre, scale, shift, residual, y. i: values, channels, activation, V.
+template <class T, int V> __device__ static void epilogue_of(const Args &a) {
+    Given<T, V> given(a, 0);
+    Pack<T, V> *y = (Pack<T, V> *)a.p[5];
+    for (unsigned j = INDEX; j < a.i[0] / V; j += STRIDE) {
+        float z[V];
+        given.read(j, z);
+        Pack<T, V> out;
+        for (int v = 0; v < V; v++) put(out.v[v], activate(a.i[2], z[v]));
         y[j] = out;
     }
 }
@@ -137,27 +152,17 @@ template <class T> __device__ static void epilogue(const Args &a) {
 }
 KERNEL(epilogue)
 
-// The gradient before the activation of the same: dz = g * slope(what the activation was given).
+// The gradient of what is given: dz = g * slope(given).
 // p: g, x, centre, scale, shift, residual, dz. i: as above.
 template <class T, int V> __device__ static void epilogue_backward_of(const Args &a) {
-    typedef Pack<T, V> P;
-    const P *g = (const P *)a.p[0], *x = (const P *)a.p[1], *residual = (const P *)a.p[5];
-    const float *centre = (const float *)a.p[2], *scale = (const float *)a.p[3];
-    const float *shift = (const float *)a.p[4];
-    P *dz = (P *)a.p[6];
-    int channels = a.i[1];
+    Given<T, V> given(a, 1);
+    const Pack<T, V> *g = (const Pack<T, V> *)a.p[0];
+    Pack<T, V> *dz = (Pack<T, V> *)a.p[6];
     for (unsigned j = INDEX; j < a.i[0] / V; j += STRIDE) {
-        P in = x[j], grad = g[j], out, other;
-        if (residual) other = residual[j];
-        int c = (int)(j * V % channels);
-        for (int v = 0; v < V; v++) {
-            float z = get(in.v[v]);
-            if (centre) z -= centre[c + v];
-            if (scale) z *= scale[c + v];
-            if (shift) z += shift[c + v];
-            if (residual) z += get(other.v[v]);
-            put(out.v[v], get(grad.v[v]) * slope(a.i[2], z));
-        }
+        float z[V];
+        given.read(j, z);
+        Pack<T, V> grad = g[j], out;
+        for (int v = 0; v < V; v++) put(out.v[v], get(grad.v[v]) * slope(a.i[2], z[v]));
         dz[j] = out;
     }
 }
