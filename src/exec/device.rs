@@ -63,8 +63,7 @@ impl DeviceChoice {
         })?;
         match several.iter().find(|&&index| index >= count as usize) {
             Some(index) => Err(unavailable(format!(
-                "there is no device {index}, they are counted from 0 to {}",
-                count - 1
+                "there is no device {index}, of the {count} that the machine has"
             ))),
             None => Ok(()),
         }

@@ -580,7 +580,7 @@ impl Fitting {
             })?;
         }
         let outcome = self.step.forward(&batch.tensor, dropout);
-        let logits = with_advice(outcome, own, |count| self.step.probe(&batch.tensor, count))?;
+        let logits = self.with_advice(outcome, batch)?;
         let (mut loss, mut at_logits, correct) = if absent {
             (0.0, logits.zeros_like()?, 0.0)
         } else {
@@ -621,16 +621,31 @@ impl Fitting {
             }
             Ok(())
         });
-        with_advice(outcome, own, |count| {
+        if outcome.is_err() {
             gradients.fill(None);
-            self.step.probe(&batch.tensor, count)
-        })?;
+        }
+        self.with_advice(outcome, batch)?;
         if let Some(exchange) = exchange {
             exchange.finish(gradients, &self.run.device)?;
         }
         // Last, when the gradients' sums have made the ranks wait for each other anyway.
         let [loss, correct] = ranks.sum([loss, correct]);
         Ok(learned(loss, correct, total))
+    }
+
+    /// What came of a step's part; where memory was too small, with the batch that fits. Of several ranks
+    /// none can try by itself.
+    fn with_advice<T>(
+        &mut self,
+        outcome: candle_core::Result<T>,
+        batch: &Inputs,
+    ) -> candle_core::Result<T> {
+        if self.run.ranks.are_several() {
+            return outcome;
+        }
+        with_advice(outcome, batch.labels.len(), |count| {
+            self.step.probe(&batch.tensor, count)
+        })
     }
 
     /// Puts the sums over all ranks in the place of gradients.

@@ -5,7 +5,7 @@ use candle_nn::var_builder::VarBuilder;
 use rand_chacha::ChaCha8Rng;
 
 use super::ops::{
-    BatchNorm, Convolution, Epilogue, MaxPool, layer_norm, layer_norm_backward, product,
+    BatchNorm, Convolution, Epilogue, MaxPool, Shared, layer_norm, layer_norm_backward, product,
     scale_channels, softmax, softmax_backward, spread, sum_pixels, sum_rows, sum_to_channels,
 };
 use super::steps::{Step, steps};
@@ -14,7 +14,6 @@ use crate::exec::params::fetch;
 use crate::exec::{Others, Precision, Variables};
 use crate::graph::{Activation, Graph, Node, NodeId, Op, Parameter};
 use crate::kernels::resample;
-use crate::ranks::Collectives;
 
 /// A gradient's way back through one step: from the output's to those of the inputs, where these are asked
 /// for, the parameters' being handed to the sink.
@@ -595,8 +594,12 @@ fn prepare(op: &Op, parameters: &[Tensor], stored: bool, dtype: DType) -> Result
 }
 
 /// Those with whom batch norms share their statistics.
-fn norms_with(others: &Others) -> Option<&dyn Collectives> {
-    others.ranks.others().filter(|_| others.sync_norms)
+fn norms_with(others: &Others) -> Option<Shared<'_>> {
+    let ranks = others.ranks.others().filter(|_| others.sync_norms)?;
+    Some(Shared {
+        others: ranks,
+        absent: others.absent,
+    })
 }
 
 fn activated(activation: Activation, residual: Option<&Tensor>) -> Epilogue<'_> {

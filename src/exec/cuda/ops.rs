@@ -199,12 +199,12 @@ pub struct BatchNorm {
 
 impl BatchNorm {
     /// Of `x` `[N, H, W, C]`; `parameters` are weight, bias, running mean and running variance.
-    /// With `others` the batch is what all ranks have.
+    /// With `shared` the batch is what all ranks have.
     pub fn of_batch(
         x: &Tensor,
         parameters: &[Tensor],
         [eps, momentum]: [f64; 2],
-        others: Option<&dyn Collectives>,
+        shared: Option<Shared>,
     ) -> Result<Self> {
         let channels = last_dim(x);
         let rows = x.elem_count() / channels;
@@ -222,9 +222,9 @@ impl BatchNorm {
         )?;
         let sums = finish(&sums)?;
         let first = x.flatten_all()?.narrow(0, 0, channels)?;
-        let (first, sums, rows) = match others {
+        let (first, sums, rows) = match shared {
             None => (first, sums, rows),
-            Some(others) => of_all(&first.to_dtype(DType::F32)?, &sums, rows, others)?,
+            Some(shared) => shared.moments(&first.to_dtype(DType::F32)?, &sums, rows)?,
         };
         let numbers = empty(&[6, channels], DType::F32, x)?;
         let [weight, bias, mean, variance] = [0, 1, 2, 3].map(|i| parameters[i].detach());
@@ -270,7 +270,7 @@ impl BatchNorm {
         g: &Tensor,
         x: &Tensor,
         activation: Option<Activation>,
-        others: Option<&dyn Collectives>,
+        shared: Option<Shared>,
     ) -> Result<[Tensor; 3]> {
         let channels = last_dim(x);
         let rows = x.elem_count() / channels;
@@ -283,9 +283,9 @@ impl BatchNorm {
         launch("batch_norm_sums", x.dtype(), work, &tensors, &numbers, &[])?;
         let own = finish(&sums)?;
         // The parameters' gradients are summed over the ranks later, with all others.
-        let sums = match others {
+        let sums = match shared {
             None => own.clone(),
-            Some(others) => others.sum_now(&own)?,
+            Some(shared) => shared.others.sum_now(&own)?,
         };
         let dx = empty(x.dims(), x.dtype(), x)?;
         let pack = pack(x).min(pack(g));
@@ -311,26 +311,36 @@ impl BatchNorm {
     }
 }
 
-/// The moments of all ranks' batches from those of each: about a common mean, which takes the place of
-/// `first`, and how many rows they are of.
-fn of_all(
-    first: &Tensor,
-    sums: &Tensor,
-    rows: usize,
-    others: &dyn Collectives,
-) -> Result<(Tensor, Tensor, usize)> {
-    let mut counts = [rows as f64];
-    others.sum(&mut counts);
-    let [count] = counts;
-    let own = rows as f64;
-    let away = (sums.get(0)? / own)?;
-    let squares = (sums.get(1)? - (away.sqr()? * own)?)?;
-    let own_mean = (first + away)?;
-    let mean = (others.sum_now(&(&own_mean * own)?)? / count)?;
-    let between = ((own_mean - &mean)?.sqr()? * own)?;
-    let squares = others.sum_now(&(squares + between)?)?;
-    let sums = Tensor::stack(&[mean.zeros_like()?, squares], 0)?;
-    Ok((mean, sums, count as usize))
+/// Ranks whose batches are one to batch norms.
+#[derive(Clone, Copy)]
+pub struct Shared<'a> {
+    pub others: &'a dyn Collectives,
+    /// What this rank has does not count.
+    pub absent: bool,
+}
+
+impl Shared<'_> {
+    /// The moments of all ranks' batches from those of this one's: about a common mean, which takes the place
+    /// of `first`, and how many rows they are of.
+    fn moments(
+        &self,
+        first: &Tensor,
+        sums: &Tensor,
+        rows: usize,
+    ) -> Result<(Tensor, Tensor, usize)> {
+        let counted = if self.absent { 0.0 } else { rows as f64 };
+        let mut counts = [counted];
+        self.others.sum(&mut counts);
+        let [count] = counts;
+        let away = (sums.get(0)? / rows as f64)?;
+        let variance = ((sums.get(1)? / rows as f64)? - away.sqr()?)?;
+        let own_mean = (first + away)?;
+        let mean = (self.others.sum_now(&(&own_mean * counted)?)? / count)?;
+        let squares = ((variance + (own_mean - &mean)?.sqr()?)? * counted)?;
+        let squares = self.others.sum_now(&squares)?;
+        let sums = Tensor::stack(&[mean.zeros_like()?, squares], 0)?;
+        Ok((mean, sums, count as usize))
+    }
 }
 
 /// Layer norm over the last axis; also what its gradient needs.
