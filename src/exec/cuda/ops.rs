@@ -285,6 +285,7 @@ impl BatchNorm {
         // The parameters' gradients are summed over the ranks later, with all others.
         let sums = match shared {
             None => own.clone(),
+            Some(shared) if shared.absent => shared.others.sum_now(&own.zeros_like()?)?,
             Some(shared) => shared.others.sum_now(&own)?,
         };
         let dx = empty(x.dims(), x.dtype(), x)?;
