@@ -271,21 +271,12 @@ impl Eager {
                 if target == [grid, grid] {
                     return x.broadcast_add(positions);
                 }
-                let head = positions.narrow(1, 0, prefix)?;
-                let body = positions.narrow(1, prefix, grid * grid)?;
-                let dim = body.dim(2)?;
                 let along = |to: usize| {
                     let weights = resample::position_weights(interpolation, grid, to);
                     Tensor::from_vec(weights, (to, grid), x.device())?.to_dtype(x.dtype())
                 };
-                let rows = along(target[0])?.matmul(&body.reshape((grid, grid * dim))?)?;
-                let rows = rows.reshape((target[0], grid, dim))?;
-                let body = along(target[1])?
-                    .broadcast_left(target[0])?
-                    .contiguous()?
-                    .matmul(&rows)?
-                    .reshape((1, target[0] * target[1], dim))?;
-                x.broadcast_add(&Tensor::cat(&[&head, &body], 1)?)
+                let maps = [along(target[0])?, along(target[1])?];
+                x.broadcast_add(&on_positions(positions, prefix, [grid; 2], &maps)?)
             }
             Op::LayerNorm { eps, .. } => {
                 let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
@@ -316,6 +307,28 @@ impl Eager {
             Op::SelectToken { index } => x.narrow(1, index, 1)?.squeeze(1)?.contiguous(),
         }
     }
+}
+
+/// Positions `[1, prefix + h·w, D]` on another grid, by what its rows and its columns are made of:
+/// `[to, h]` and `[to, w]`.
+pub(super) fn on_positions(
+    positions: &Tensor,
+    prefix: usize,
+    [h, w]: [usize; 2],
+    [rows, columns]: &[Tensor; 2],
+) -> Result<Tensor> {
+    let dim = positions.dim(2)?;
+    let head = positions.narrow(1, 0, prefix)?;
+    let body = positions.narrow(1, prefix, h * w)?.contiguous()?;
+    let tall = rows.dim(0)?;
+    let body = rows.matmul(&body.reshape((h, w * dim))?)?;
+    let body = body.reshape((tall, w, dim))?;
+    let body = columns
+        .broadcast_left(tall)?
+        .contiguous()?
+        .matmul(&body)?
+        .reshape((1, (), dim))?;
+    Tensor::cat(&[&head, &body], 1)
 }
 
 /// Random zeros at the rate `p`, drawn in the order of the elements; the rest is scaled up.

@@ -512,7 +512,7 @@ impl CudaNetwork {
                 };
                 let positions = match &maps {
                     None => parameters[0].clone(),
-                    Some(maps) => on_positions(&parameters[0], prefix, [grid; 2], maps)?,
+                    Some(maps) => eager::on_positions(&parameters[0], prefix, [grid; 2], maps)?,
                 };
                 (
                     x.broadcast_add(&positions.to_dtype(dtype)?)?,
@@ -525,7 +525,7 @@ impl CudaNetwork {
                                 Some([rows, columns]) => {
                                     let back =
                                         [rows.t()?.contiguous()?, columns.t()?.contiguous()?];
-                                    on_positions(&sum, prefix, target, &back)?
+                                    eager::on_positions(&sum, prefix, target, &back)?
                                 }
                             };
                             sink(place, sum)?;
@@ -681,28 +681,6 @@ fn linear_backward(
         return Ok(None);
     }
     Ok(Some(product(&rows, weight)?.reshape(x.dims())?))
-}
-
-/// Positions `[1, prefix + h·w, D]` on another grid, by what its rows and its columns are made of:
-/// `[to, h]` and `[to, w]`.
-fn on_positions(
-    positions: &Tensor,
-    prefix: usize,
-    [h, w]: [usize; 2],
-    [rows, columns]: &[Tensor; 2],
-) -> Result<Tensor> {
-    let dim = positions.dim(2)?;
-    let head = positions.narrow(1, 0, prefix)?;
-    let body = positions.narrow(1, prefix, h * w)?.contiguous()?;
-    let tall = rows.dim(0)?;
-    let body = rows.matmul(&body.reshape((h, w * dim))?)?;
-    let body = body.reshape((tall, w, dim))?;
-    let body = columns
-        .broadcast_left(tall)?
-        .contiguous()?
-        .matmul(&body)?
-        .reshape((1, (), dim))?;
-    Tensor::cat(&[&head, &body], 1)
 }
 
 fn self_attention(
