@@ -272,30 +272,23 @@ impl CudaNetwork {
                             norms_with(&others),
                         )?;
                         training.running.push((step.node, norm.running()?));
-                        let [centre, scale, shift] = norm.centre_scale_shift()?;
-                        let y = Epilogue {
-                            centre: Some(&centre),
-                            scale: Some(&scale),
-                            shift: Some(&shift),
-                            residual: residual.as_ref(),
+                        let [centre, scale, shift] = norm.centre_scale_shift()?.map(Some);
+                        let after = After {
+                            centre,
+                            scale,
+                            shift,
+                            residual,
                             activation,
-                        }
-                        .apply(&x)?;
+                        };
+                        let y = after.epilogue().apply(&x)?;
                         (
                             y,
                             Box::new(move |g, sink| {
                                 // With a residual the gradient before the activation is wanted by itself;
                                 // else it is made on the way.
-                                let (g, left, residual_gradient) = match &residual {
+                                let (g, left, residual_gradient) = match after.residual {
                                     Some(_) => {
-                                        let before = Epilogue {
-                                            centre: Some(&centre),
-                                            scale: Some(&scale),
-                                            shift: Some(&shift),
-                                            residual: residual.as_ref(),
-                                            activation,
-                                        };
-                                        let g = before.backward(g, &x)?;
+                                        let g = after.epilogue().backward(g, &x)?;
                                         (g.clone(), None, Some(g))
                                     }
                                     None => (g.clone(), activation, None),
@@ -312,28 +305,21 @@ impl CudaNetwork {
                         )
                     }
                     _ => {
-                        let [scale, shift] = [parameters[0].clone(), parameters[1].clone()];
-                        let y = Epilogue {
-                            centre: None,
-                            scale: Some(&scale),
-                            shift: Some(&shift),
-                            residual: residual.as_ref(),
+                        let [scale, shift] = [0, 1].map(|i| Some(parameters[i].clone()));
+                        let after = After {
+                            scale,
+                            shift,
+                            residual,
                             activation,
-                        }
-                        .apply(&x)?;
+                            ..After::default()
+                        };
+                        let y = after.epilogue().apply(&x)?;
                         (
                             y,
                             Box::new(move |g, _| {
-                                let before = Epilogue {
-                                    centre: None,
-                                    scale: Some(&scale),
-                                    shift: Some(&shift),
-                                    residual: residual.as_ref(),
-                                    activation,
-                                };
-                                let g = before.backward(g, &x)?;
+                                let g = after.epilogue().backward(g, &x)?;
                                 let scaled = Epilogue {
-                                    scale: Some(&scale),
+                                    scale: after.scale.as_ref(),
                                     ..Epilogue::default()
                                 };
                                 Ok(vec![Some(scaled.apply(&g)?), Some(g)])
@@ -342,32 +328,20 @@ impl CudaNetwork {
                     }
                 }
             }
-            Op::Activation(activation) => {
-                let y = activated(activation, None).apply(&x)?;
-                (
-                    y,
-                    Box::new(move |g, _| {
-                        Ok(vec![Some(activated(activation, None).backward(g, &x)?)])
-                    }),
-                )
-            }
-            Op::Add => {
-                let other = inputs[1].clone();
-                let sum = Epilogue {
-                    residual: Some(&other),
-                    activation,
-                    ..Epilogue::default()
+            Op::Activation(_) | Op::Add => {
+                let after = After {
+                    residual: inputs.get(1).cloned(),
+                    activation: match node.op {
+                        Op::Activation(activation) => Some(activation),
+                        _ => activation,
+                    },
+                    ..After::default()
                 };
-                let y = sum.apply(&x)?;
+                let y = after.epilogue().apply(&x)?;
                 (
                     y,
                     Box::new(move |g, _| {
-                        let sum = Epilogue {
-                            residual: Some(&other),
-                            activation,
-                            ..Epilogue::default()
-                        };
-                        let g = sum.backward(g, &x)?;
+                        let g = after.epilogue().backward(g, &x)?;
                         Ok(vec![Some(g.clone()), Some(g)])
                     }),
                 )
@@ -602,11 +576,25 @@ fn norms_with(others: &Others) -> Option<Shared<'_>> {
     })
 }
 
-fn activated(activation: Activation, residual: Option<&Tensor>) -> Epilogue<'_> {
-    Epilogue {
-        residual,
-        activation: Some(activation),
-        ..Epilogue::default()
+/// What is done to a layer's output, kept for the way back: [`Epilogue`] with tensors of its own.
+#[derive(Default)]
+struct After {
+    centre: Option<Tensor>,
+    scale: Option<Tensor>,
+    shift: Option<Tensor>,
+    residual: Option<Tensor>,
+    activation: Option<Activation>,
+}
+
+impl After {
+    fn epilogue(&self) -> Epilogue<'_> {
+        Epilogue {
+            centre: self.centre.as_ref(),
+            scale: self.scale.as_ref(),
+            shift: self.shift.as_ref(),
+            residual: self.residual.as_ref(),
+            activation: self.activation,
+        }
     }
 }
 
@@ -614,8 +602,7 @@ fn activated(activation: Activation, residual: Option<&Tensor>) -> Epilogue<'_> 
 struct Biased {
     /// What the bias was added to, where an activation's gradient asks for it.
     raw: Option<Tensor>,
-    bias: Option<Tensor>,
-    activation: Option<Activation>,
+    after: After,
 }
 
 impl Biased {
@@ -624,26 +611,20 @@ impl Biased {
         bias: Option<Tensor>,
         activation: Option<Activation>,
     ) -> Result<(Tensor, Self)> {
-        let biased = Self {
-            raw: activation.map(|_| raw.clone()),
-            bias,
+        let after = After {
+            shift: bias,
             activation,
+            ..After::default()
         };
-        Ok((biased.epilogue().apply(&raw)?, biased))
-    }
-
-    fn epilogue(&self) -> Epilogue<'_> {
-        Epilogue {
-            shift: self.bias.as_ref(),
-            activation: self.activation,
-            ..Epilogue::default()
-        }
+        let y = after.epilogue().apply(&raw)?;
+        let raw = activation.map(|_| raw);
+        Ok((y, Self { raw, after }))
     }
 
     /// The gradient of what the bias was added to.
     fn backward(&self, g: &Tensor) -> Result<Tensor> {
         match &self.raw {
-            Some(raw) => self.epilogue().backward(g, raw),
+            Some(raw) => self.after.epilogue().backward(g, raw),
             None => Ok(g.clone()),
         }
     }
