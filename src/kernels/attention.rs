@@ -39,8 +39,8 @@ pub unsafe fn head(
         activation: None,
     };
     let scale = 1.0 / (width as f32).sqrt();
-    let keys = Packed::new(isa, width, tokens, |i, token| qkv[at(token, 1) + i] * scale);
-    let values = Packed::new(isa, tokens, width, |token, i| qkv[at(token, 2) + i]);
+    let keys = Packed::of_columns(isa, width, tokens, scale, |token| &qkv[at(token, 1)..]);
+    let values = Packed::of_rows(isa, tokens, width, |token| &qkv[at(token, 2)..]);
     // SAFETY: rows of `qkv` and of `scores`, which are long enough; columns of `out`, as the
     // caller promises.
     unsafe {

@@ -86,7 +86,7 @@ pub unsafe fn head(
     };
     // SAFETY: rows of `qkv`, `gradient` and the scratch, which are long enough.
     unsafe {
-        let keys = Packed::new(isa, width, tokens, |i, token| qkv[at(token, 1) + i] * scale);
+        let keys = Packed::of_columns(isa, width, tokens, scale, |token| &qkv[at(token, 1)..]);
         rows.clear();
         for token in 0..tokens {
             let query = qkv.as_ptr().add(at(token, 0));
@@ -97,7 +97,7 @@ pub unsafe fn head(
         let of_head = |token: usize| gradient.as_ptr().add(token * dim + head * width);
         transposed_product(weights, &of_head, 2);
         // The gradient of the weights, then of the scores.
-        let values = Packed::new(isa, width, tokens, |i, token| qkv[at(token, 2) + i]);
+        let values = Packed::of_columns(isa, width, tokens, 1.0, |token| &qkv[at(token, 2)..]);
         rows.clear();
         for token in 0..tokens {
             let to = gradients.as_mut_ptr().add(token * tokens);
@@ -107,8 +107,7 @@ pub unsafe fn head(
         isa.compiled(|| {
             let pairs = gradients.chunks_exact_mut(tokens);
             for (gradients, weights) in pairs.zip(weights.chunks_exact(tokens)) {
-                let products = gradients.iter().zip(weights).map(|(g, w)| g * w);
-                let mean: f32 = products.sum();
+                let mean = dot(gradients, weights);
                 for (g, &w) in gradients.iter_mut().zip(weights) {
                     *g = w * (*g - mean) * scale;
                 }
@@ -116,7 +115,7 @@ pub unsafe fn head(
         });
         let query = |token: usize| qkv.as_ptr().add(at(token, 0));
         transposed_product(gradients, &query, 1);
-        let keys = Packed::new(isa, tokens, width, |token, i| qkv[at(token, 1) + i]);
+        let keys = Packed::of_rows(isa, tokens, width, |token| &qkv[at(token, 1)..]);
         rows.clear();
         for token in 0..tokens {
             let from = gradients.as_ptr().add(token * tokens);
@@ -124,4 +123,19 @@ pub unsafe fn head(
         }
         gemm(&keys, 0..keys.panel_count(), rows, &[0], nothing);
     }
+}
+
+/// Σ a·b, in as many chains as fill vectors.
+#[inline(always)]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    const LANES: usize = 16;
+    let mut sums = [0.0_f32; LANES];
+    let ((a, rest_of_a), (b, rest_of_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for (sum, (a, b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+            *sum += a * b;
+        }
+    }
+    let rest = rest_of_a.iter().zip(rest_of_b).map(|(a, b)| a * b);
+    sums.into_iter().chain(rest).sum()
 }

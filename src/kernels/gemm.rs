@@ -76,6 +76,55 @@ impl Packed {
         }
     }
 
+    /// As [`Packed::new`], where the values of a row follow each other.
+    pub fn of_rows<'a>(
+        isa: Isa,
+        depth: usize,
+        columns: usize,
+        row: impl Fn(usize) -> &'a [f32],
+    ) -> Self {
+        Self::filled(isa, depth, columns, |panel, to| {
+            for (index, to) in to.chunks_exact_mut(panel.vectors * isa.lanes()).enumerate() {
+                to[..panel.columns].copy_from_slice(&row(index)[panel.start..][..panel.columns]);
+            }
+        })
+    }
+
+    /// As [`Packed::new`], where the values of a column follow each other, each times `scale`.
+    pub fn of_columns<'a>(
+        isa: Isa,
+        depth: usize,
+        columns: usize,
+        scale: f32,
+        column: impl Fn(usize) -> &'a [f32],
+    ) -> Self {
+        Self::filled(isa, depth, columns, |panel, to| {
+            let width = panel.vectors * isa.lanes();
+            for place in 0..panel.columns {
+                let from = &column(panel.start + place)[..depth];
+                for (to, value) in to.chunks_exact_mut(width).zip(from) {
+                    to[place] = value * scale;
+                }
+            }
+        })
+    }
+
+    /// A product whose panels `fill` fills; padding is zero.
+    fn filled(isa: Isa, depth: usize, columns: usize, fill: impl Fn(&Panel, &mut [f32])) -> Self {
+        let panels = panels(columns, depth, isa.lanes());
+        let len = |panel: &Panel| depth * panel.vectors * isa.lanes();
+        let mut values = vec![0.0; panels.iter().map(len).sum()];
+        for panel in &panels {
+            fill(panel, &mut values[panel.offset..][..len(panel)]);
+        }
+        Self {
+            isa,
+            panels,
+            values: Values::Own(values),
+            depth,
+        }
+    }
+
     /// Other values in the place of the old ones, `value(row, column)` each.
     pub fn refill(&mut self, value: impl Fn(usize, usize) -> f32) {
         let Values::Own(values) = &mut self.values else {
@@ -95,11 +144,21 @@ impl Packed {
 
     /// As [`Packed::new`], but without memory: values are where [`Packed::lend`] says.
     pub fn borrowing(isa: Isa, depth: usize, columns: usize) -> Self {
+        Self::borrowing_part(isa, depth, 0..depth, columns)
+    }
+
+    /// Some rows of a product with `depth` of them, without memory. What is lent to it is what is lent to
+    /// the whole product, [`Packed::values_len`] of which hold all parts: a panel's rows follow each other.
+    pub fn borrowing_part(isa: Isa, depth: usize, rows: Range<usize>, columns: usize) -> Self {
+        let mut panels = panels(columns, depth, isa.lanes());
+        for panel in &mut panels {
+            panel.offset += rows.start * panel.vectors * isa.lanes();
+        }
         Self {
             isa,
-            panels: panels(columns, depth, isa.lanes()),
+            panels,
             values: Values::Lent(AtomicPtr::default()),
-            depth,
+            depth: rows.len(),
         }
     }
 
@@ -407,6 +466,11 @@ impl Rows {
         self.residuals.clear();
         let outputs = self.outputs.iter().map(|output| output.cast_const());
         self.residuals.extend(outputs);
+    }
+
+    /// Makes the product one that is stored.
+    pub fn replace_outputs(&mut self) {
+        self.residuals.clear();
     }
 
     /// Adds a row.

@@ -129,7 +129,7 @@ pub(crate) fn prefetch(at: *const f32, count: usize) {
 
 /// Asks for one cache line, to lie in the second-level cache. Only a hint, as [`prefetch`].
 #[inline(always)]
-pub(super) fn prefetch_far(at: *const f32) {
+pub(crate) fn prefetch_far(at: *const f32) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};

@@ -57,7 +57,7 @@ mod tests;
 use std::ops::Range;
 
 pub use isa::Isa;
-pub(crate) use isa::prefetch;
+pub(crate) use isa::{prefetch, prefetch_far};
 
 /// Height, width and channels of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

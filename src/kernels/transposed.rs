@@ -3,7 +3,7 @@
 //!
 //! Both sides are packed into panels of sixteen columns, all rows of a panel one after the other:
 //! however far apart the rows were in memory, the product walks through both panels line by line.
-//! A tile of six by sixteen outputs (eight by thirty-two, with vectors of sixteen) stays in registers
+//! A tile of six by sixteen outputs (eight by forty-eight, with vectors of sixteen) stays in registers
 //! while the rows of a chunk pass; chunks are such that a panel of the right side, or two, stay in the
 //! first-level cache. Each output is a sum over
 //! chunks of chains of fused multiply-adds, in the order of the rows.
@@ -19,6 +19,9 @@ pub const PANEL: usize = 16;
 
 /// Rows of a chunk: a panel of so many is 12 kB.
 const CHUNK: usize = 192;
+
+/// Rows that are asked for before they are written.
+const ROWS_AHEAD: usize = 6;
 
 /// Columns when padded to whole panels.
 pub const fn padded(columns: usize) -> usize {
@@ -48,6 +51,8 @@ pub unsafe fn pack_row(values: &[f32], to: *mut f32, stride: usize, row: usize) 
         let mut to = to.add(row * PANEL);
         let (whole, rest) = values.as_chunks::<PANEL>();
         for chunk in whole {
+            // Panels lie far apart, and their lines are not in a cache: those of the rows that follow.
+            prefetch(to.wrapping_add(ROWS_AHEAD * PANEL), 1);
             to.cast::<[f32; PANEL]>().write_unaligned(*chunk);
             to = to.add(stride);
         }
@@ -119,10 +124,14 @@ impl WithSimd for Product {
         let mut start = self.n.start;
         while start < self.n.end {
             let columns = (self.n.end - start).min(PANEL);
-            // SAFETY: the contract of `product`; as many vectors as a panel has, or fewer; two panels
-            // where there are two.
+            // SAFETY: the contract of `product`; as many vectors as a panel has, or fewer; two or three
+            // panels where there are so many.
             unsafe {
                 match (S::F32_LANES, columns.div_ceil(S::F32_LANES)) {
+                    (16, _) if self.n.end - start > 2 * PANEL => {
+                        self.panel::<S, 3>(simd, start);
+                        start += 2 * PANEL;
+                    }
                     (16, _) if self.n.end - start > PANEL => {
                         self.panel::<S, 2>(simd, start);
                         start += PANEL;

@@ -24,7 +24,7 @@ use crate::kernels::transposed::{self, PANEL, Panels, pack_row, padded};
 use crate::kernels::winograd::LINE;
 use crate::kernels::winograd_training::{self, Frequencies, Side, TilePanels, TileSums, Tiles};
 use crate::kernels::{
-    Dims, Isa, Layout, Source, Target, Window, depthwise_gradient, prefetch, rowwise,
+    Dims, Isa, Layout, Source, Target, Window, depthwise_gradient, prefetch, prefetch_far, rowwise,
 };
 
 /// What a task of a layer is about.
@@ -182,42 +182,66 @@ pub(super) struct Phase {
 pub(super) struct Product {
     /// Values behind each tap.
     run: usize,
-    /// Where each part of the depth begins, and its weights.
-    parts: Vec<(usize, Packed)>,
+    /// Parts of the depth that are multiplied together, panel by panel, so that what they are added to
+    /// stays in the first cache: few enough that the second holds the rows of a block.
+    together: Vec<Vec<Part>>,
+}
+
+/// A part of a product's depth.
+struct Part {
+    /// Where it begins.
+    start: usize,
+    packed: Packed,
 }
 
 impl Product {
     const DEPTH: usize = 256;
+    /// Parts that are multiplied together.
+    const TOGETHER: usize = 4;
 
     fn new(isa: Isa, runs: usize, run: usize, columns: usize) -> Self {
-        let mut parts = Vec::new();
-        let mut part = |start: usize, depth: usize| {
-            parts.push((start, Packed::borrowing(isa, depth, columns)));
-        };
+        let mut bounds = vec![0];
         if run > Self::DEPTH {
             let pieces = run.div_ceil(Self::DEPTH);
-            for piece in 0..runs * pieces {
-                let (start, end) = (
-                    piece % pieces * run / pieces,
-                    (piece % pieces + 1) * run / pieces,
-                );
-                part(piece / pieces * run + start, end - start);
-            }
+            let ends = |of: usize| (1..=pieces).map(move |piece| of * run + piece * run / pieces);
+            bounds.extend((0..runs).flat_map(ends));
         } else {
-            let together = (Self::DEPTH / run).max(1);
-            for first in (0..runs).step_by(together) {
-                part(first * run, together.min(runs - first) * run);
-            }
+            let step = (Self::DEPTH / run).max(1);
+            bounds.extend(
+                (step..runs)
+                    .step_by(step)
+                    .chain([runs])
+                    .map(|end| end * run),
+            );
         }
-        Self { run, parts }
+        let parts: Vec<&[usize]> = bounds.windows(2).collect();
+        let together = parts.chunks(Self::TOGETHER).map(|parts| {
+            let (first, end) = (parts[0][0], parts[parts.len() - 1][1]);
+            let part = |part: &&[usize]| {
+                let rows = part[0] - first..part[1] - first;
+                Part {
+                    start: part[0],
+                    packed: Packed::borrowing_part(isa, end - first, rows, columns),
+                }
+            };
+            parts.iter().map(part).collect()
+        });
+        let together = together.collect();
+        Self { run, together }
+    }
+
+    fn parts(&self) -> impl Iterator<Item = &Part> {
+        self.together.iter().flatten()
+    }
+
+    fn panels(&self) -> usize {
+        self.parts().next().map_or(0, |p| p.packed.panel_count())
     }
 
     /// Values of the packed weights.
     pub fn len(&self) -> usize {
-        self.parts
-            .iter()
-            .map(|(_, packed)| packed.values_len())
-            .sum()
+        let len = |parts: &Vec<Part>| parts.last().map_or(0, |part| part.packed.values_len());
+        self.together.iter().map(len).sum()
     }
 
     /// Packs the weights of some products into a value: `fill(product, columns, rows)` writes some columns
@@ -232,20 +256,22 @@ impl Product {
         let mut values = unsafe { memory.part(place, 0, memory.values(place).len()) };
         let mut tasks = Vec::new();
         for (index, product) in products.iter().enumerate() {
-            for (_, packed) in &product.parts {
-                let (own, rest) = std::mem::take(&mut values).split_at_mut(packed.values_len());
-                packed.lend(own.as_mut_ptr());
+            for parts in &product.together {
+                let len = parts.last().map_or(0, |part| part.packed.values_len());
+                let (own, rest) = std::mem::take(&mut values).split_at_mut(len);
+                for part in parts {
+                    part.packed.lend(own.as_mut_ptr());
+                }
                 values = rest;
             }
-            let panels = product.parts.first().map_or(0, |(_, p)| p.panel_count());
-            tasks.extend((0..panels).map(|panel| (index, panel)));
+            tasks.extend((0..product.panels()).map(|panel| (index, panel)));
         }
         memory.pool.run(tasks.len(), |task| {
             let (index, panel) = tasks[task];
             let (mut rows, mut columns) = (Vec::new(), 0..0);
-            for (_, packed) in &products[index].parts {
+            for part in products[index].parts() {
                 // SAFETY: each panel is one task's.
-                columns = unsafe { packed.lent_rows(panel, &mut rows) };
+                columns = unsafe { part.packed.lent_rows(panel, &mut rows) };
             }
             fill(index, columns, &rows);
         });
@@ -254,21 +280,30 @@ impl Product {
     /// # Safety
     /// As [`gemm`]; the rows are those of a product that is stored.
     unsafe fn multiply(&self, rows: &mut Rows, taps: &[usize], bias: &[f32]) {
-        for (index, (start, packed)) in self.parts.iter().enumerate() {
-            if index == 1 {
-                rows.add_to_outputs();
+        for parts in &self.together {
+            let panels = self.panels();
+            // One part is multiplied at once: nothing is read again.
+            let step = if parts.len() > 1 { 1 } else { panels.max(1) };
+            for panel in (0..panels).step_by(step) {
+                for Part { start, packed } in parts {
+                    if *start == 0 {
+                        rows.replace_outputs();
+                    } else {
+                        rows.add_to_outputs();
+                    }
+                    let within = [taps[start / self.run] + start % self.run];
+                    let taps = match packed.depth() < self.run {
+                        true => &within[..],
+                        false => &taps[start / self.run..][..packed.depth() / self.run],
+                    };
+                    let epilogue = Epilogue {
+                        bias: if *start == 0 { bias } else { &[] },
+                        activation: None,
+                    };
+                    // SAFETY: as the caller promises.
+                    unsafe { gemm(packed, panel..panel + step, rows, taps, epilogue) };
+                }
             }
-            let within = [taps[start / self.run] + start % self.run];
-            let taps = match packed.depth() < self.run {
-                true => &within[..],
-                false => &taps[start / self.run..][..packed.depth() / self.run],
-            };
-            let epilogue = Epilogue {
-                bias: if index == 0 { bias } else { &[] },
-                activation: None,
-            };
-            // SAFETY: as the caller promises.
-            unsafe { gemm(packed, 0..packed.panel_count(), rows, taps, epilogue) };
         }
     }
 }
@@ -678,13 +713,17 @@ impl Layer {
             // Of a few values of each output at a time: lines that are read, and lines that are written,
             // stay in the cache.
             const BLOCK: usize = 16;
+            const BLOCKS_AHEAD: usize = 4;
             let weight = &weight[group * each..][..each];
             // The product's rows are `[area, inputs]`, an output's weights `[inputs, area]`.
             let places = |i: usize| (0..area).map(move |tap| rows[tap * ins + i]);
             let places: Vec<*mut f32> = (0..ins).flat_map(places).collect();
             for (block, places) in places.chunks(BLOCK).enumerate() {
                 for (place, column) in columns.clone().enumerate() {
-                    let from = &weight[column * ins * area + block * BLOCK..][..places.len()];
+                    let from = &weight[column * ins * area + block * BLOCK..];
+                    // Outputs' weights lie too far apart for a processor to foresee so many.
+                    prefetch_far(from.as_ptr().wrapping_add(BLOCKS_AHEAD * BLOCK));
+                    let from = &from[..places.len()];
                     for (to, &value) in places.iter().zip(from) {
                         // SAFETY: a column of the panel's.
                         unsafe { *to.add(place) = value };
@@ -717,11 +756,17 @@ impl Layer {
             .collect();
         let products: Vec<&Product> = places.iter().map(|&(p, group)| &p.groups[group]).collect();
         let fill = |index: usize, columns: Range<usize>, rows: &[*mut f32]| {
+            // A panel's part of an output's weights is short, and the next output's is far.
+            const OUTPUTS_AHEAD: usize = 8;
             let (phase, group) = places[index];
             let [ty, tx] = phase.taps;
             for o in 0..outs {
                 let from = &weight[((group * outs + o) * ins + columns.start) * area..];
                 let from = &from[..columns.len() * area];
+                let ahead = from.as_ptr().wrapping_add(OUTPUTS_AHEAD * ins * area);
+                for line in (0..from.len()).step_by(LINE) {
+                    prefetch_far(ahead.wrapping_add(line));
+                }
                 for tap in 0..ty * tx {
                     let (y, x) = (tap / tx, tap % tx);
                     let (ky, kx) = (phase.y + (ty - 1 - y) * s, phase.x + (tx - 1 - x) * s);
