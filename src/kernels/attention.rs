@@ -50,7 +50,14 @@ pub unsafe fn head(
             rows.push(query, scores.as_mut_ptr().add(token * tokens), None);
         }
         gemm(&keys, 0..keys.panel_count(), rows, &[0], nothing);
-        isa.compiled(|| scores.chunks_exact_mut(tokens).for_each(softmax));
+        isa.compiled(
+            #[inline(always)]
+            || {
+                for row in scores.chunks_exact_mut(tokens) {
+                    softmax(row);
+                }
+            },
+        );
         *rows = Rows::new();
         for token in 0..tokens {
             let weights = scores.as_ptr().add(token * tokens);

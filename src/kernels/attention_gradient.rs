@@ -93,7 +93,14 @@ pub unsafe fn head(
             rows.push(query, weights.as_mut_ptr().add(token * tokens), None);
         }
         gemm(&keys, 0..keys.panel_count(), rows, &[0], nothing);
-        isa.compiled(|| weights.chunks_exact_mut(tokens).for_each(softmax));
+        isa.compiled(
+            #[inline(always)]
+            || {
+                for row in weights.chunks_exact_mut(tokens) {
+                    softmax(row);
+                }
+            },
+        );
         let of_head = |token: usize| gradient.as_ptr().add(token * dim + head * width);
         transposed_product(weights, &of_head, 2);
         // The gradient of the weights, then of the scores.
@@ -104,15 +111,18 @@ pub unsafe fn head(
             rows.push(of_head(token), to, None);
         }
         gemm(&values, 0..values.panel_count(), rows, &[0], nothing);
-        isa.compiled(|| {
-            let pairs = gradients.chunks_exact_mut(tokens);
-            for (gradients, weights) in pairs.zip(weights.chunks_exact(tokens)) {
-                let mean = dot(gradients, weights);
-                for (g, &w) in gradients.iter_mut().zip(weights) {
-                    *g = w * (*g - mean) * scale;
+        isa.compiled(
+            #[inline(always)]
+            || {
+                let pairs = gradients.chunks_exact_mut(tokens);
+                for (gradients, weights) in pairs.zip(weights.chunks_exact(tokens)) {
+                    let mean = dot(gradients, weights);
+                    for (g, &w) in gradients.iter_mut().zip(weights) {
+                        *g = w * (*g - mean) * scale;
+                    }
                 }
-            }
-        });
+            },
+        );
         let query = |token: usize| qkv.as_ptr().add(at(token, 0));
         transposed_product(gradients, &query, 1);
         let keys = Packed::of_rows(isa, tokens, width, |token| &qkv[at(token, 1)..]);

@@ -151,44 +151,58 @@ pub fn activate(isa: Isa, activation: Activation, input: &[f32], out: &mut [f32]
 
 /// `out = a + b`.
 pub fn add(isa: Isa, a: &[f32], b: &[f32], out: &mut [f32]) {
-    isa.compiled(|| {
-        for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
-            *out = a + b;
-        }
-    });
+    isa.compiled(
+        #[inline(always)]
+        || {
+            for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
+                *out = a + b;
+            }
+        },
+    );
 }
 
 /// `out = a · b`, where `b` is repeated as long as there is an `a`.
 pub fn multiply(isa: Isa, a: &[f32], b: &[f32], out: &mut [f32]) {
-    isa.compiled(|| {
-        for (out, a) in out.chunks_exact_mut(b.len()).zip(a.chunks_exact(b.len())) {
-            for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
-                *out = a * b;
+    isa.compiled(
+        #[inline(always)]
+        || {
+            for (out, a) in out.chunks_exact_mut(b.len()).zip(a.chunks_exact(b.len())) {
+                for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
+                    *out = a * b;
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 /// `out` = the sum of all pixels, each of as many channels as `out` has.
 pub fn sum_pixels(isa: Isa, input: &[f32], out: &mut [f32]) {
-    isa.compiled(|| {
-        out.fill(0.0);
-        for pixel in input.chunks_exact(out.len()) {
-            out.iter_mut().zip(pixel).for_each(|(sum, v)| *sum += v);
-        }
-    });
+    isa.compiled(
+        #[inline(always)]
+        || {
+            out.fill(0.0);
+            for pixel in input.chunks_exact(out.len()) {
+                out.iter_mut().zip(pixel).for_each(|(sum, v)| *sum += v);
+            }
+        },
+    );
 }
 
 /// `out = input · scale + shift` on every pixel.
 pub fn scale_shift(isa: Isa, input: &[f32], scale: &[f32], shift: &[f32], out: &mut [f32]) {
-    isa.compiled(|| {
-        let pixels = input.chunks_exact(scale.len());
-        for (out, input) in out.chunks_exact_mut(scale.len()).zip(pixels) {
-            for (((out, value), scale), shift) in out.iter_mut().zip(input).zip(scale).zip(shift) {
-                *out = value * scale + shift;
+    isa.compiled(
+        #[inline(always)]
+        || {
+            let pixels = input.chunks_exact(scale.len());
+            for (out, input) in out.chunks_exact_mut(scale.len()).zip(pixels) {
+                for (((out, value), scale), shift) in
+                    out.iter_mut().zip(input).zip(scale).zip(shift)
+                {
+                    *out = value * scale + shift;
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 /// On every pixel of `channels` values, `[g, C/g]` becomes `[C/g, g]`.

@@ -27,7 +27,8 @@ impl Isa {
         self.arch.dispatch(op)
     }
 
-    /// Runs plain loops, compiled for the instruction set.
+    /// Runs plain loops, compiled for the instruction set: those of a closure that is `#[inline(always)]`,
+    /// as is all that it calls. What is not inlined has no vectors but those of every processor.
     #[inline(always)]
     pub fn compiled<R>(self, op: impl FnOnce() -> R) -> R {
         self.arch.dispatch(op)

@@ -14,16 +14,21 @@ pub fn layer_norm(
     out: &mut [f32],
 ) {
     let dim = weight.len();
-    isa.compiled(|| {
-        for (input, out) in input.chunks_exact(dim).zip(out.chunks_exact_mut(dim)) {
-            let mean = sum(input, |v| v) / dim as f32;
-            let variance = sum(input, |v| (v - mean) * (v - mean)) / dim as f32;
-            let scale = (1.0 / (f64::from(variance) + eps).sqrt()) as f32;
-            for (((out, value), weight), bias) in out.iter_mut().zip(input).zip(weight).zip(bias) {
-                *out = (value - mean) * scale * weight + bias;
+    isa.compiled(
+        #[inline(always)]
+        || {
+            for (input, out) in input.chunks_exact(dim).zip(out.chunks_exact_mut(dim)) {
+                let mean = sum(input, |v| v) / dim as f32;
+                let variance = sum(input, |v| (v - mean) * (v - mean)) / dim as f32;
+                let scale = (1.0 / (f64::from(variance) + eps).sqrt()) as f32;
+                for (((out, value), weight), bias) in
+                    out.iter_mut().zip(input).zip(weight).zip(bias)
+                {
+                    *out = (value - mean) * scale * weight + bias;
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 /// The gradient of [`layer_norm`] for its input, from that of its output, `gradient`; those of
@@ -41,32 +46,35 @@ pub fn layer_norm_gradient(
     let (weight_sum, bias_sum) = sums.split_at_mut(dim);
     weight_sum.fill(0.0);
     bias_sum.fill(0.0);
-    isa.compiled(|| {
-        let rows = input.chunks_exact(dim).zip(gradient.chunks_exact(dim));
-        for (out, (input, gradient)) in out.chunks_exact_mut(dim).zip(rows) {
-            let mean = sum(input, |v| v) / dim as f32;
-            let variance = sum(input, |v| (v - mean) * (v - mean)) / dim as f32;
-            let scale = (1.0 / (f64::from(variance) + eps).sqrt()) as f32;
-            // `out` holds the gradient of the normalised values for a while.
-            let values = input.iter().zip(gradient).zip(weight);
-            let sums = weight_sum.iter_mut().zip(bias_sum.iter_mut());
-            for ((out, ((x, g), w)), (dw, db)) in out.iter_mut().zip(values).zip(sums) {
-                *dw += g * ((x - mean) * scale);
-                *db += g;
-                *out = g * w;
+    isa.compiled(
+        #[inline(always)]
+        || {
+            let rows = input.chunks_exact(dim).zip(gradient.chunks_exact(dim));
+            for (out, (input, gradient)) in out.chunks_exact_mut(dim).zip(rows) {
+                let mean = sum(input, |v| v) / dim as f32;
+                let variance = sum(input, |v| (v - mean) * (v - mean)) / dim as f32;
+                let scale = (1.0 / (f64::from(variance) + eps).sqrt()) as f32;
+                // `out` holds the gradient of the normalised values for a while.
+                let values = input.iter().zip(gradient).zip(weight);
+                let sums = weight_sum.iter_mut().zip(bias_sum.iter_mut());
+                for ((out, ((x, g), w)), (dw, db)) in out.iter_mut().zip(values).zip(sums) {
+                    *dw += g * ((x - mean) * scale);
+                    *db += g;
+                    *out = g * w;
+                }
+                let first = sum(out, |v| v) / dim as f32;
+                let mut second = 0.0;
+                for (out, x) in out.chunks(dim.min(64)).zip(input.chunks(dim.min(64))) {
+                    let products = out.iter().zip(x).map(|(g, x)| g * ((x - mean) * scale));
+                    second += products.sum::<f32>();
+                }
+                let second = second / dim as f32;
+                for (out, x) in out.iter_mut().zip(input) {
+                    *out = scale * (*out - first - (x - mean) * scale * second);
+                }
             }
-            let first = sum(out, |v| v) / dim as f32;
-            let mut second = 0.0;
-            for (out, x) in out.chunks(dim.min(64)).zip(input.chunks(dim.min(64))) {
-                let products = out.iter().zip(x).map(|(g, x)| g * ((x - mean) * scale));
-                second += products.sum::<f32>();
-            }
-            let second = second / dim as f32;
-            for (out, x) in out.iter_mut().zip(input) {
-                *out = scale * (*out - first - (x - mean) * scale * second);
-            }
-        }
-    });
+        },
+    );
 }
 
 /// Sum of a function of the values, in lanes: faster and more exact than one running sum.

@@ -40,37 +40,40 @@ pub unsafe fn pool(
     for y in rows {
         // SAFETY: the contract of this function.
         let out = unsafe { output.row(image, y) };
-        isa.compiled(|| {
-            for (x, out) in out.chunks_exact_mut(c).enumerate() {
-                out.fill(match reduction {
-                    Reduction::Max => f32::NEG_INFINITY,
-                    Reduction::Average => 0.0,
-                });
-                let columns = inside(x, window.before[1], kw, w);
-                for iy in inside(y, window.before[0], kh, h) {
-                    // SAFETY: a row of the image, by the contract of this function.
-                    let row = unsafe { input.row(image, iy) };
-                    for pixel in row[columns.start * c..columns.end * c].chunks_exact(c) {
-                        match reduction {
-                            Reduction::Max => {
-                                for (out, &value) in out.iter_mut().zip(pixel) {
-                                    // As PyTorch does, let NaN through.
-                                    *out = if *out >= value { *out } else { value };
+        isa.compiled(
+            #[inline(always)]
+            || {
+                for (x, out) in out.chunks_exact_mut(c).enumerate() {
+                    out.fill(match reduction {
+                        Reduction::Max => f32::NEG_INFINITY,
+                        Reduction::Average => 0.0,
+                    });
+                    let columns = inside(x, window.before[1], kw, w);
+                    for iy in inside(y, window.before[0], kh, h) {
+                        // SAFETY: a row of the image, by the contract of this function.
+                        let row = unsafe { input.row(image, iy) };
+                        for pixel in row[columns.start * c..columns.end * c].chunks_exact(c) {
+                            match reduction {
+                                Reduction::Max => {
+                                    for (out, &value) in out.iter_mut().zip(pixel) {
+                                        // As PyTorch does, let NaN through.
+                                        *out = if *out >= value { *out } else { value };
+                                    }
                                 }
-                            }
-                            Reduction::Average => {
-                                for (out, value) in out.iter_mut().zip(pixel) {
-                                    *out += value;
+                                Reduction::Average => {
+                                    for (out, value) in out.iter_mut().zip(pixel) {
+                                        *out += value;
+                                    }
                                 }
                             }
                         }
                     }
+                    if reduction == Reduction::Average {
+                        out.iter_mut().for_each(|v| *v *= scale);
+                    }
                 }
-                if reduction == Reduction::Average {
-                    out.iter_mut().for_each(|v| *v *= scale);
-                }
-            }
-        });
+            },
+        );
     }
 }
 
@@ -200,19 +203,22 @@ pub unsafe fn average(
     let Dims { h, c, .. } = input.layout.dims;
     let mut row_sum = vec![0.0; channels.len()];
     out.fill(0.0);
-    isa.compiled(|| {
-        let add = |sum: &mut [f32], values: &[f32]| {
-            sum.iter_mut().zip(values).for_each(|(s, v)| *s += v);
-        };
-        for y in 0..h {
-            row_sum.fill(0.0);
-            // SAFETY: the contract of this function.
-            for pixel in unsafe { input.row(image, y) }.chunks_exact(c) {
-                add(&mut row_sum, &pixel[channels.clone()]);
+    isa.compiled(
+        #[inline(always)]
+        || {
+            let add = |sum: &mut [f32], values: &[f32]| {
+                sum.iter_mut().zip(values).for_each(|(s, v)| *s += v);
+            };
+            for y in 0..h {
+                row_sum.fill(0.0);
+                // SAFETY: the contract of this function.
+                for pixel in unsafe { input.row(image, y) }.chunks_exact(c) {
+                    add(&mut row_sum, &pixel[channels.clone()]);
+                }
+                add(out, &row_sum);
             }
-            add(out, &row_sum);
-        }
-        let count = pixels as f32;
-        out.iter_mut().for_each(|v| *v /= count);
-    });
+            let count = pixels as f32;
+            out.iter_mut().for_each(|v| *v /= count);
+        },
+    );
 }

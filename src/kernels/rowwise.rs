@@ -39,20 +39,24 @@ pub fn apply(
 ) {
     macro_rules! run {
         ($activation:expr) => {
-            isa.compiled(|| {
-                if scale.is_empty() {
-                    for (y, &z) in y.iter_mut().zip(z) {
-                        *y = activate_value($activation, z);
+            isa.compiled(
+                #[inline(always)]
+                || {
+                    if scale.is_empty() {
+                        for (y, &z) in y.iter_mut().zip(z) {
+                            *y = activate_value($activation, z);
+                        }
+                        return;
                     }
-                    return;
-                }
-                let c = scale.len();
-                for (y, z) in y.chunks_exact_mut(c).zip(z.chunks_exact(c)) {
-                    for (((y, &z), &scale), &shift) in y.iter_mut().zip(z).zip(scale).zip(shift) {
-                        *y = activate_value($activation, z * scale + shift);
+                    let c = scale.len();
+                    for (y, z) in y.chunks_exact_mut(c).zip(z.chunks_exact(c)) {
+                        for (((y, &z), &scale), &shift) in y.iter_mut().zip(z).zip(scale).zip(shift)
+                        {
+                            *y = activate_value($activation, z * scale + shift);
+                        }
                     }
-                }
-            })
+                },
+            )
         };
     }
     for_activation!(activation, run);
@@ -68,20 +72,24 @@ pub fn apply_to_sum(
 ) {
     macro_rules! run {
         ($activation:expr) => {
-            isa.compiled(|| {
-                if scale.is_empty() {
-                    for (y, &z) in y.iter_mut().zip(z) {
-                        *y = activate_value($activation, *y + z);
+            isa.compiled(
+                #[inline(always)]
+                || {
+                    if scale.is_empty() {
+                        for (y, &z) in y.iter_mut().zip(z) {
+                            *y = activate_value($activation, *y + z);
+                        }
+                        return;
                     }
-                    return;
-                }
-                let c = scale.len();
-                for (y, z) in y.chunks_exact_mut(c).zip(z.chunks_exact(c)) {
-                    for (((y, &z), &scale), &shift) in y.iter_mut().zip(z).zip(scale).zip(shift) {
-                        *y = activate_value($activation, *y + (z * scale + shift));
+                    let c = scale.len();
+                    for (y, z) in y.chunks_exact_mut(c).zip(z.chunks_exact(c)) {
+                        for (((y, &z), &scale), &shift) in y.iter_mut().zip(z).zip(scale).zip(shift)
+                        {
+                            *y = activate_value($activation, *y + (z * scale + shift));
+                        }
                     }
-                }
-            })
+                },
+            )
         };
     }
     for_activation!(activation, run);
@@ -97,20 +105,24 @@ pub fn mask(
 ) {
     macro_rules! run {
         ($activation:expr) => {
-            isa.compiled(|| {
-                if scale.is_empty() {
-                    for (g, &z) in g.iter_mut().zip(z) {
-                        *g *= derivative($activation, z);
+            isa.compiled(
+                #[inline(always)]
+                || {
+                    if scale.is_empty() {
+                        for (g, &z) in g.iter_mut().zip(z) {
+                            *g *= derivative($activation, z);
+                        }
+                        return;
                     }
-                    return;
-                }
-                let c = scale.len();
-                for (g, z) in g.chunks_exact_mut(c).zip(z.chunks_exact(c)) {
-                    for (((g, &z), &scale), &shift) in g.iter_mut().zip(z).zip(scale).zip(shift) {
-                        *g *= derivative($activation, z * scale + shift);
+                    let c = scale.len();
+                    for (g, z) in g.chunks_exact_mut(c).zip(z.chunks_exact(c)) {
+                        for (((g, &z), &scale), &shift) in g.iter_mut().zip(z).zip(scale).zip(shift)
+                        {
+                            *g *= derivative($activation, z * scale + shift);
+                        }
                     }
-                }
-            })
+                },
+            )
         };
     }
     for_activation!(activation, run);
@@ -119,11 +131,14 @@ pub fn mask(
 /// A clipping activation in place.
 pub fn clip(isa: Isa, activation: Activation, values: &mut [f32]) {
     let high = upper_bound(activation);
-    isa.compiled(|| {
-        for value in values {
-            *value = value.max(0.0).min(high);
-        }
-    });
+    isa.compiled(
+        #[inline(always)]
+        || {
+            for value in values {
+                *value = value.max(0.0).min(high);
+            }
+        },
+    );
 }
 
 /// Where a clipping activation ends.
@@ -139,23 +154,29 @@ fn upper_bound(activation: Activation) -> f32 {
 /// derivative for those that clip.
 pub fn mask_by_output(isa: Isa, y: &[f32], activation: Activation, g: &mut [f32]) {
     let high = upper_bound(activation);
-    isa.compiled(|| {
-        for (g, &y) in g.iter_mut().zip(y) {
-            // One condition, not two branches: this becomes vectors.
-            *g = if (y > 0.0) & (y < high) { *g } else { 0.0 };
-        }
-    });
+    isa.compiled(
+        #[inline(always)]
+        || {
+            for (g, &y) in g.iter_mut().zip(y) {
+                // One condition, not two branches: this becomes vectors.
+                *g = if (y > 0.0) & (y < high) { *g } else { 0.0 };
+            }
+        },
+    );
 }
 
 /// `sum += Σ row`.
 pub fn sum_rows(isa: Isa, rows: &[f32], sum: &mut [f32]) {
-    isa.compiled(|| {
-        for row in rows.chunks_exact(sum.len()) {
-            sum.iter_mut()
-                .zip(row)
-                .for_each(|(sum, value)| *sum += value);
-        }
-    });
+    isa.compiled(
+        #[inline(always)]
+        || {
+            for row in rows.chunks_exact(sum.len()) {
+                sum.iter_mut()
+                    .zip(row)
+                    .for_each(|(sum, value)| *sum += value);
+            }
+        },
+    );
 }
 
 /// `sum += Σ g` and `products += Σ g · (z - mean)`, over rows.
@@ -168,17 +189,20 @@ pub fn gradient_sums(
     products: &mut [f32],
 ) {
     let c = sum.len();
-    isa.compiled(|| {
-        for (g, z) in g.chunks_exact(c).zip(z.chunks_exact(c)) {
-            let rows = g.iter().zip(z).zip(mean);
-            for ((sum, product), ((&g, &z), &mean)) in
-                sum.iter_mut().zip(products.iter_mut()).zip(rows)
-            {
-                *sum += g;
-                *product += g * (z - mean);
+    isa.compiled(
+        #[inline(always)]
+        || {
+            for (g, z) in g.chunks_exact(c).zip(z.chunks_exact(c)) {
+                let rows = g.iter().zip(z).zip(mean);
+                for ((sum, product), ((&g, &z), &mean)) in
+                    sum.iter_mut().zip(products.iter_mut()).zip(rows)
+                {
+                    *sum += g;
+                    *product += g * (z - mean);
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 /// Mean of rows, and the sum of squared distances from it.
@@ -187,17 +211,20 @@ pub fn moments(isa: Isa, z: &[f32], mean: &mut [f32], squares: &mut [f32]) {
     let scale = 1.0 / (z.len() / c) as f32;
     mean.fill(0.0);
     squares.fill(0.0);
-    isa.compiled(|| {
-        for z in z.chunks_exact(c) {
-            mean.iter_mut().zip(z).for_each(|(m, z)| *m += z);
-        }
-        mean.iter_mut().for_each(|m| *m *= scale);
-        for z in z.chunks_exact(c) {
-            for ((s, &z), &m) in squares.iter_mut().zip(z).zip(mean.iter()) {
-                *s += (z - m) * (z - m);
+    isa.compiled(
+        #[inline(always)]
+        || {
+            for z in z.chunks_exact(c) {
+                mean.iter_mut().zip(z).for_each(|(m, z)| *m += z);
             }
-        }
-    });
+            mean.iter_mut().for_each(|m| *m *= scale);
+            for z in z.chunks_exact(c) {
+                for ((s, &z), &m) in squares.iter_mut().zip(z).zip(mean.iter()) {
+                    *s += (z - m) * (z - m);
+                }
+            }
+        },
+    );
 }
 
 /// The gradient of batch norm for its input: `a · g + b · (z - mean) + c`.
@@ -212,21 +239,28 @@ pub struct NormGradient<'a> {
 /// `dz = a · g + b · (z - mean) + c`.
 pub fn norm_gradient(isa: Isa, g: &[f32], z: &[f32], norm: NormGradient, dz: &mut [f32]) {
     let channels = norm.a.len();
-    isa.compiled(|| {
-        let rows = g.chunks_exact(channels).zip(z.chunks_exact(channels));
-        for (dz, (g, z)) in dz.chunks_exact_mut(channels).zip(rows) {
-            let values = norm.a.iter().zip(norm.b).zip(norm.c).zip(norm.mean);
-            for (((dz, &g), &z), (((&a, &b), &c), &mean)) in dz.iter_mut().zip(g).zip(z).zip(values)
-            {
-                *dz = a * g + (b * (z - mean) + c);
+    isa.compiled(
+        #[inline(always)]
+        || {
+            let rows = g.chunks_exact(channels).zip(z.chunks_exact(channels));
+            for (dz, (g, z)) in dz.chunks_exact_mut(channels).zip(rows) {
+                let values = norm.a.iter().zip(norm.b).zip(norm.c).zip(norm.mean);
+                for (((dz, &g), &z), (((&a, &b), &c), &mean)) in
+                    dz.iter_mut().zip(g).zip(z).zip(values)
+                {
+                    *dz = a * g + (b * (z - mean) + c);
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 /// `out += values`.
 pub fn accumulate(isa: Isa, values: &[f32], out: &mut [f32]) {
-    isa.compiled(|| {
-        out.iter_mut().zip(values).for_each(|(out, v)| *out += v);
-    });
+    isa.compiled(
+        #[inline(always)]
+        || {
+            out.iter_mut().zip(values).for_each(|(out, v)| *out += v);
+        },
+    );
 }

@@ -469,18 +469,21 @@ impl Operation {
         let values = self.pool_rows(memory, (image, start, down.len()), &mut scratch.a);
         let scale = 1.0 / (window.kernel[0] * window.kernel[1]) as f32;
         out.fill(0.0);
-        memory.isa.compiled(|| {
-            for (x, out) in out.chunks_exact_mut(c).enumerate() {
-                let (across, left) = inside(x, window, 1, w);
-                for row in 0..down.len() {
-                    for column in 0..across.len() {
-                        let pixel = &values[(row * w + left + column) * c..][..c];
-                        out.iter_mut().zip(pixel).for_each(|(o, v)| *o += v);
+        memory.isa.compiled(
+            #[inline(always)]
+            || {
+                for (x, out) in out.chunks_exact_mut(c).enumerate() {
+                    let (across, left) = inside(x, window, 1, w);
+                    for row in 0..down.len() {
+                        for column in 0..across.len() {
+                            let pixel = &values[(row * w + left + column) * c..][..c];
+                            out.iter_mut().zip(pixel).for_each(|(o, v)| *o += v);
+                        }
                     }
+                    out.iter_mut().for_each(|v| *v *= scale);
                 }
-                out.iter_mut().for_each(|v| *v *= scale);
-            }
-        });
+            },
+        );
     }
 
     /// Hands the inputs' gradients on; `emit` is given those of the operation's parameters.
@@ -602,15 +605,18 @@ impl Operation {
                 if let Some(destination) = &backward.destinations[1] {
                     let part = room(&mut scratch.a, factor.len());
                     part.fill(0.0);
-                    isa.compiled(|| {
-                        let blocks = g.chunks_exact(factor.len());
-                        for (g, x) in blocks.zip(x.chunks_exact(factor.len())) {
-                            let values = g.iter().zip(x);
-                            for (part, (g, x)) in part.iter_mut().zip(values) {
-                                *part += g * x;
+                    isa.compiled(
+                        #[inline(always)]
+                        || {
+                            let blocks = g.chunks_exact(factor.len());
+                            for (g, x) in blocks.zip(x.chunks_exact(factor.len())) {
+                                let values = g.iter().zip(x);
+                                for (part, (g, x)) in part.iter_mut().zip(values) {
+                                    *part += g * x;
+                                }
                             }
-                        }
-                    });
+                        },
+                    );
                     // SAFETY: see above.
                     unsafe { memory.deliver(destination, image * pixels, part, image) };
                 }
@@ -766,26 +772,29 @@ impl Operation {
                 let reach = (own.start + window.before[0] + 1).saturating_sub(window.kernel[0]);
                 let outputs = reach.div_ceil(window.stride)
                     ..((own.end - 1 + window.before[0]) / window.stride + 1).min(self.output.h);
-                memory.isa.compiled(|| {
-                    for oy in outputs {
-                        let (down, start) = inside(oy, window, 0, h);
-                        for ox in 0..self.output.w {
-                            let pixel = (image * self.output.h + oy) * self.output.w + ox;
-                            let (across, left) = inside(ox, window, 1, w);
-                            for (row, ky) in down.clone().enumerate() {
-                                let y = start + row;
-                                if !own.contains(&y) {
-                                    continue;
-                                }
-                                for (column, kx) in across.clone().enumerate() {
-                                    let at = ((y - own.start) * w + left + column) * c;
-                                    let tap = ky * window.kernel[1] + kx;
-                                    add(pixel, tap, &mut part[at..][..c]);
+                memory.isa.compiled(
+                    #[inline(always)]
+                    || {
+                        for oy in outputs {
+                            let (down, start) = inside(oy, window, 0, h);
+                            for ox in 0..self.output.w {
+                                let pixel = (image * self.output.h + oy) * self.output.w + ox;
+                                let (across, left) = inside(ox, window, 1, w);
+                                for (row, ky) in down.clone().enumerate() {
+                                    let y = start + row;
+                                    if !own.contains(&y) {
+                                        continue;
+                                    }
+                                    for (column, kx) in across.clone().enumerate() {
+                                        let at = ((y - own.start) * w + left + column) * c;
+                                        let tap = ky * window.kernel[1] + kx;
+                                        add(pixel, tap, &mut part[at..][..c]);
+                                    }
                                 }
                             }
                         }
-                    }
-                });
+                    },
+                );
                 let start = (image * h + own.start) * w;
                 // SAFETY: the block's rows and sums are the task's own.
                 unsafe { memory.deliver(destination, start, part, task) };
