@@ -63,11 +63,7 @@ pub fn layer_norm_gradient(
                     *out = g * w;
                 }
                 let first = sum(out, |v| v) / dim as f32;
-                let mut second = 0.0;
-                for (out, x) in out.chunks(dim.min(64)).zip(input.chunks(dim.min(64))) {
-                    let products = out.iter().zip(x).map(|(g, x)| g * ((x - mean) * scale));
-                    second += products.sum::<f32>();
-                }
+                let second = sum_of_pairs(out, input, |g, x| g * ((x - mean) * scale));
                 let second = second / dim as f32;
                 for (out, x) in out.iter_mut().zip(input) {
                     *out = scale * (*out - first - (x - mean) * scale * second);
@@ -89,4 +85,18 @@ fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
         }
     }
     lanes.iter().sum::<f32>() + rest
+}
+
+/// As [`sum`], of a function of two rows' values.
+#[inline(always)]
+fn sum_of_pairs(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [0.0; LANES];
+    let ((a, rest_of_a), (b, rest_of_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let rest: f32 = rest_of_a.iter().zip(rest_of_b).map(|(&a, &b)| f(a, b)).sum();
+    for (a, b) in a.iter().zip(b) {
+        for (lane, (&a, &b)) in lanes.iter_mut().zip(a.iter().zip(b)) {
+            *lane += f(a, b);
+        }
+    }
+    lanes.into_iter().sum::<f32>() + rest
 }

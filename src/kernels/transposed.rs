@@ -83,26 +83,16 @@ pub unsafe fn product(
     add: bool,
 ) {
     debug_assert!(n.start.is_multiple_of(PANEL) && leading.is_multiple_of(PANEL));
-    // Even chunks: a short last one would cost as much as a whole one.
-    let chunks = rows.div_ceil(CHUNK).max(1);
-    for chunk in 0..chunks {
-        let (start, end) = (chunk * rows / chunks, (chunk + 1) * rows / chunks);
-        // SAFETY: rows of the panels.
-        let part = |panels: Panels| Panels {
-            pointer: unsafe { panels.pointer.add(start * PANEL) },
-            ..panels
-        };
-        isa.dispatch(Product {
-            a: part(a),
-            z: part(z),
-            rows: end - start,
-            k: k.clone(),
-            n: n.clone(),
-            out,
-            leading,
-            add: add || chunk > 0,
-        });
-    }
+    isa.dispatch(Product {
+        a,
+        z,
+        rows,
+        k,
+        n,
+        out,
+        leading,
+        add,
+    });
 }
 
 struct Product {
@@ -121,37 +111,60 @@ impl WithSimd for Product {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
+        // Even chunks: a short last one would cost as much as a whole one.
+        let chunks = self.rows.div_ceil(CHUNK).max(1);
         let mut start = self.n.start;
         while start < self.n.end {
+            // Columns that are computed together: three panels, where vectors fill one.
+            let panels = match S::F32_LANES {
+                PANEL => (self.n.end - start).div_ceil(PANEL).min(3),
+                _ => 1,
+            };
             let columns = (self.n.end - start).min(PANEL);
-            // SAFETY: the contract of `product`; as many vectors as a panel has, or fewer; two or three
-            // panels where there are so many.
-            unsafe {
-                match (S::F32_LANES, columns.div_ceil(S::F32_LANES)) {
-                    (16, _) if self.n.end - start > 2 * PANEL => {
-                        self.panel::<S, 3>(simd, start);
-                        start += 2 * PANEL;
-                    }
-                    (16, _) if self.n.end - start > PANEL => {
-                        self.panel::<S, 2>(simd, start);
-                        start += PANEL;
-                    }
-                    (16, _) | (8, 1) | (4, 1) => self.panel::<S, 1>(simd, start),
-                    (8, _) | (4, 2) => self.panel::<S, 2>(simd, start),
-                    (4, 3) => self.panel::<S, 3>(simd, start),
-                    (4, _) => self.panel::<S, 4>(simd, start),
-                    (lanes, _) => {
-                        assert_eq!(lanes, 1, "vectors of one, four, eight or sixteen values");
-                        self.panel::<S, PANEL>(simd, start);
+            // Chunk by chunk, so that what they are added to stays in the cache.
+            for chunk in 0..chunks {
+                let rows = chunk * self.rows / chunks..(chunk + 1) * self.rows / chunks;
+                let part = self.part(rows, chunk > 0);
+                // SAFETY: the contract of `product`; as many vectors as a panel has, or fewer, or as
+                // many panels as there are.
+                unsafe {
+                    match (S::F32_LANES, columns.div_ceil(S::F32_LANES)) {
+                        (16, _) if panels == 3 => part.panel::<S, 3>(simd, start),
+                        (16, _) if panels == 2 => part.panel::<S, 2>(simd, start),
+                        (16, _) | (8, 1) | (4, 1) => part.panel::<S, 1>(simd, start),
+                        (8, _) | (4, 2) => part.panel::<S, 2>(simd, start),
+                        (4, 3) => part.panel::<S, 3>(simd, start),
+                        (4, _) => part.panel::<S, 4>(simd, start),
+                        (lanes, _) => {
+                            assert_eq!(lanes, 1, "vectors of one, four, eight or sixteen values");
+                            part.panel::<S, PANEL>(simd, start);
+                        }
                     }
                 }
             }
-            start += PANEL;
+            start += panels * PANEL;
         }
     }
 }
 
 impl Product {
+    /// The product of some of the rows.
+    fn part(&self, rows: Range<usize>, add: bool) -> Self {
+        let from = |panels: Panels| Panels {
+            pointer: panels.pointer.wrapping_add(rows.start * PANEL),
+            ..panels
+        };
+        Self {
+            a: from(self.a),
+            z: from(self.z),
+            rows: rows.len(),
+            k: self.k.clone(),
+            n: self.n.clone(),
+            add: self.add || add,
+            ..*self
+        }
+    }
+
     #[inline(always)]
     unsafe fn panel<S: Simd, const NV: usize>(&self, simd: S, n: usize) {
         let mut k = self.k.start;
