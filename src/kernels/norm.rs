@@ -92,7 +92,11 @@ fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
 fn sum_of_pairs(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [0.0; LANES];
     let ((a, rest_of_a), (b, rest_of_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    let rest: f32 = rest_of_a.iter().zip(rest_of_b).map(|(&a, &b)| f(a, b)).sum();
+    let rest: f32 = rest_of_a
+        .iter()
+        .zip(rest_of_b)
+        .map(|(&a, &b)| f(a, b))
+        .sum();
     for (a, b) in a.iter().zip(b) {
         for (lane, (&a, &b)) in lanes.iter_mut().zip(a.iter().zip(b)) {
             *lane += f(a, b);

@@ -194,6 +194,12 @@ struct Part {
     packed: Packed,
 }
 
+/// Some columns of a product, and where each of its rows begins there.
+struct PanelRows {
+    columns: Range<usize>,
+    rows: Vec<*mut f32>,
+}
+
 impl Product {
     const DEPTH: usize = 256;
     /// Parts that are multiplied together.
@@ -244,14 +250,17 @@ impl Product {
         self.together.iter().map(len).sum()
     }
 
-    /// Packs the weights of some products into a value: `fill(product, columns, rows)` writes some columns
-    /// of all rows, which begin at those pointers.
+    /// Packs the weights of some products into a value: `fill(product, panels)` writes up to so many
+    /// neighbouring panels, each some columns of all rows.
     fn pack(
         products: &[&Self],
         memory: &Memory,
         place: ValueId,
-        fill: impl Fn(usize, Range<usize>, &[*mut f32]) + Sync,
+        neighbours: usize,
+        fill: impl Fn(usize, &[PanelRows]) + Sync,
     ) {
+        // At least so many tasks, for several threads to share.
+        const TASKS: usize = 8;
         // SAFETY: the value is this step's own.
         let mut values = unsafe { memory.part(place, 0, memory.values(place).len()) };
         let mut tasks = Vec::new();
@@ -264,16 +273,23 @@ impl Product {
                 }
                 values = rest;
             }
-            tasks.extend((0..product.panels()).map(|panel| (index, panel)));
+            let panels = product.panels();
+            let step = (panels * products.len() / TASKS).clamp(1, neighbours);
+            let starts = (0..panels).step_by(step);
+            tasks.extend(starts.map(|start| (index, start..(start + step).min(panels))));
         }
         memory.pool.run(tasks.len(), |task| {
-            let (index, panel) = tasks[task];
-            let (mut rows, mut columns) = (Vec::new(), 0..0);
-            for part in products[index].parts() {
-                // SAFETY: each panel is one task's.
-                columns = unsafe { part.packed.lent_rows(panel, &mut rows) };
-            }
-            fill(index, columns, &rows);
+            let (index, panels) = tasks[task].clone();
+            let rows_of = |panel: usize| {
+                let (mut rows, mut columns) = (Vec::new(), 0..0);
+                for part in products[index].parts() {
+                    // SAFETY: each panel is one task's.
+                    columns = unsafe { part.packed.lent_rows(panel, &mut rows) };
+                }
+                PanelRows { columns, rows }
+            };
+            let panels: Vec<PanelRows> = panels.map(rows_of).collect();
+            fill(index, &panels);
         });
     }
 
@@ -709,24 +725,26 @@ impl Layer {
         let ins = self.input.c / self.conv.groups;
         let each = weight.len() / self.conv.groups;
         let products: Vec<&Product> = groups.iter().collect();
-        Product::pack(&products, memory, *place, |group, columns, rows| {
-            // Of a few values of each output at a time: lines that are read, and lines that are written,
-            // stay in the cache.
-            const BLOCK: usize = 16;
-            const BLOCKS_AHEAD: usize = 4;
-            let weight = &weight[group * each..][..each];
-            // The product's rows are `[area, inputs]`, an output's weights `[inputs, area]`.
-            let places = |i: usize| (0..area).map(move |tap| rows[tap * ins + i]);
-            let places: Vec<*mut f32> = (0..ins).flat_map(places).collect();
-            for (block, places) in places.chunks(BLOCK).enumerate() {
-                for (place, column) in columns.clone().enumerate() {
-                    let from = &weight[column * ins * area + block * BLOCK..];
-                    // Outputs' weights lie too far apart for a processor to foresee so many.
-                    prefetch_far(from.as_ptr().wrapping_add(BLOCKS_AHEAD * BLOCK));
-                    let from = &from[..places.len()];
-                    for (to, &value) in places.iter().zip(from) {
-                        // SAFETY: a column of the panel's.
-                        unsafe { *to.add(place) = value };
+        Product::pack(&products, memory, *place, 1, |group, panels| {
+            for PanelRows { columns, rows } in panels {
+                // Of a few values of each output at a time: lines that are read, and lines that are written,
+                // stay in the cache.
+                const BLOCK: usize = 16;
+                const BLOCKS_AHEAD: usize = 4;
+                let weight = &weight[group * each..][..each];
+                // The product's rows are `[area, inputs]`, an output's weights `[inputs, area]`.
+                let places = |i: usize| (0..area).map(move |tap| rows[tap * ins + i]);
+                let places: Vec<*mut f32> = (0..ins).flat_map(places).collect();
+                for (block, places) in places.chunks(BLOCK).enumerate() {
+                    for (place, column) in columns.clone().enumerate() {
+                        let from = &weight[column * ins * area + block * BLOCK..];
+                        // Outputs' weights lie too far apart for a processor to foresee so many.
+                        prefetch_far(from.as_ptr().wrapping_add(BLOCKS_AHEAD * BLOCK));
+                        let from = &from[..places.len()];
+                        for (to, &value) in places.iter().zip(from) {
+                            // SAFETY: a column of the panel's.
+                            unsafe { *to.add(place) = value };
+                        }
                     }
                 }
             }
@@ -755,35 +773,41 @@ impl Layer {
             .flat_map(of_phase)
             .collect();
         let products: Vec<&Product> = places.iter().map(|&(p, group)| &p.groups[group]).collect();
-        let fill = |index: usize, columns: Range<usize>, rows: &[*mut f32]| {
-            // A panel's part of an output's weights is short, and the next output's is far.
+        let fill = |index: usize, panels: &[PanelRows]| {
+            // The panels' part of an output's weights is short, and the next output's is far.
             const OUTPUTS_AHEAD: usize = 8;
             let (phase, group) = places[index];
             let [ty, tx] = phase.taps;
+            let (first, last) = (&panels[0].columns, &panels[panels.len() - 1].columns);
             for o in 0..outs {
-                let from = &weight[((group * outs + o) * ins + columns.start) * area..];
-                let from = &from[..columns.len() * area];
-                let ahead = from.as_ptr().wrapping_add(OUTPUTS_AHEAD * ins * area);
-                for line in (0..from.len()).step_by(LINE) {
+                let weights = &weight[(group * outs + o) * ins * area..][..ins * area];
+                let ahead = weights.as_ptr().wrapping_add(OUTPUTS_AHEAD * ins * area);
+                for line in (first.start * area..last.end * area).step_by(LINE) {
                     prefetch_far(ahead.wrapping_add(line));
                 }
-                for tap in 0..ty * tx {
-                    let (y, x) = (tap / tx, tap % tx);
-                    let (ky, kx) = (phase.y + (ty - 1 - y) * s, phase.x + (tx - 1 - x) * s);
-                    // SAFETY: columns of the panel.
-                    let to = unsafe {
-                        std::slice::from_raw_parts_mut(rows[tap * outs + o], columns.len())
-                    };
-                    if area == 1 {
-                        to.copy_from_slice(from);
-                        continue;
+                for PanelRows { columns, rows } in panels {
+                    let from = &weights[columns.start * area..columns.end * area];
+                    for tap in 0..ty * tx {
+                        let (y, x) = (tap / tx, tap % tx);
+                        let (ky, kx) = (phase.y + (ty - 1 - y) * s, phase.x + (tx - 1 - x) * s);
+                        // SAFETY: columns of the panel.
+                        let to = unsafe {
+                            std::slice::from_raw_parts_mut(rows[tap * outs + o], columns.len())
+                        };
+                        if area == 1 {
+                            to.copy_from_slice(from);
+                            continue;
+                        }
+                        let from = from[ky * kw + kx..].iter().step_by(area);
+                        to.iter_mut().zip(from).for_each(|(to, &value)| *to = value);
                     }
-                    let from = from[ky * kw + kx..].iter().step_by(area);
-                    to.iter_mut().zip(from).for_each(|(to, &value)| *to = value);
                 }
             }
         };
-        Product::pack(&products, memory, input.place, fill);
+        // Of an output's weights in one panel, single values for each input are only a line or two side by
+        // side, which is slow to read.
+        let neighbours = if area == 1 { 4 } else { 1 };
+        Product::pack(&products, memory, input.place, neighbours, fill);
     }
 
     /// Whether windows are single pixels, so that a row of the input is a row of the product.
