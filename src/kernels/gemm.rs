@@ -57,23 +57,9 @@ impl Packed {
         columns: usize,
         value: impl Fn(usize, usize) -> f32,
     ) -> Self {
-        let lanes = isa.lanes();
-        let panels = panels(columns, depth, lanes);
-        let mut values = Vec::new();
-        for panel in &panels {
-            let width = panel.vectors * lanes;
-            for row in 0..depth {
-                let columns = panel.start..panel.start + panel.columns;
-                values.extend(columns.map(|column| value(row, column)));
-                values.resize(values.len() + width - panel.columns, 0.0);
-            }
-        }
-        Self {
-            isa,
-            panels,
-            values: Values::Own(values),
-            depth,
-        }
+        Self::filled(isa, depth, columns, |panel, to| {
+            set_panel(panel, to, isa.lanes(), &value);
+        })
     }
 
     /// As [`Packed::new`], where the values of a row follow each other.
@@ -130,15 +116,10 @@ impl Packed {
         let Values::Own(values) = &mut self.values else {
             unreachable!("weights that change are not kept in a slab");
         };
-        let lanes = self.isa.lanes();
         for panel in &self.panels {
-            let width = panel.vectors * lanes;
-            let rows = values[panel.offset..][..self.depth * width].chunks_exact_mut(width);
-            for (row, to) in rows.enumerate() {
-                for (column, to) in to[..panel.columns].iter_mut().enumerate() {
-                    *to = value(row, panel.start + column);
-                }
-            }
+            let len = self.depth * panel.vectors * self.isa.lanes();
+            let to = &mut values[panel.offset..][..len];
+            set_panel(panel, to, self.isa.lanes(), &value);
         }
     }
 
@@ -147,8 +128,8 @@ impl Packed {
         Self::borrowing_part(isa, depth, 0..depth, columns)
     }
 
-    /// Some rows of a product with `depth` of them, without memory. What is lent to it is what is lent to
-    /// the whole product, [`Packed::values_len`] of which hold all parts: a panel's rows follow each other.
+    /// Some rows of a product with `depth` of them, without memory. All parts of it are lent the same, as
+    /// many values as [`Packed::values_len`] of the last one: a panel's rows follow each other.
     pub fn borrowing_part(isa: Isa, depth: usize, rows: Range<usize>, columns: usize) -> Self {
         let mut panels = panels(columns, depth, isa.lanes());
         for panel in &mut panels {
@@ -355,6 +336,15 @@ impl Packed {
 
     /// Rows of a tile that the product prefers.
     pub const TILE_ROWS: usize = 6;
+}
+
+/// Fills a panel's columns, `value(row, column)` each.
+fn set_panel(panel: &Panel, to: &mut [f32], lanes: usize, value: &impl Fn(usize, usize) -> f32) {
+    for (row, to) in to.chunks_exact_mut(panel.vectors * lanes).enumerate() {
+        for (column, to) in to[..panel.columns].iter_mut().enumerate() {
+            *to = value(row, panel.start + column);
+        }
+    }
 }
 
 /// One panel of [`Packed::store`], of a few outputs `[outputs, inputs, area]`.
