@@ -4,7 +4,7 @@
 //! Both sides are packed into panels of sixteen columns, all rows of a panel one after the other:
 //! however far apart the rows were in memory, the product walks through both panels line by line.
 //! A tile of six by sixteen outputs (eight by forty-eight, with vectors of sixteen) stays in registers
-//! while the rows of a chunk pass; chunks are such that a panel of the right side, or two, stay in the
+//! while the rows of a chunk pass; chunks are such that a panel of the right side, or three, stay in the
 //! first-level cache. Each output is a sum over
 //! chunks of chains of fused multiply-adds, in the order of the rows.
 
