@@ -7,6 +7,9 @@
 //! panel is held in registers while the whole depth passes, so that each output is one chain of fused
 //! multiply-adds in the order of the depth, whatever tile it is in: its bits depend on nothing else.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+
 use std::ops::Range;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -27,6 +30,8 @@ pub struct Packed {
     values: Values,
     /// Rows: the depth of the product.
     depth: usize,
+    /// Values are those of tiles for a matrix unit, for a left side with runs of so many values.
+    split: Option<usize>,
 }
 
 enum Values {
@@ -97,7 +102,7 @@ impl Packed {
 
     /// A product whose panels `fill` fills; padding is zero.
     fn filled(isa: Isa, depth: usize, columns: usize, fill: impl Fn(&Panel, &mut [f32])) -> Self {
-        let panels = panels(columns, depth, isa.lanes());
+        let panels = panels(columns, isa.lanes(), depth * isa.lanes());
         let len = |panel: &Panel| depth * panel.vectors * isa.lanes();
         let mut values = vec![0.0; panels.iter().map(len).sum()];
         for panel in &panels {
@@ -108,6 +113,7 @@ impl Packed {
             panels,
             values: Values::Own(values),
             depth,
+            split: None,
         }
     }
 
@@ -131,7 +137,7 @@ impl Packed {
     /// Some rows of a product with `depth` of them, without memory. All parts of it are lent the same, as
     /// many values as [`Packed::values_len`] of the last one: a panel's rows follow each other.
     pub fn borrowing_part(isa: Isa, depth: usize, rows: Range<usize>, columns: usize) -> Self {
-        let mut panels = panels(columns, depth, isa.lanes());
+        let mut panels = panels(columns, isa.lanes(), depth * isa.lanes());
         for panel in &mut panels {
             panel.offset += rows.start * panel.vectors * isa.lanes();
         }
@@ -140,6 +146,7 @@ impl Packed {
             panels,
             values: Values::Lent(AtomicPtr::default()),
             depth: rows.len(),
+            split: None,
         }
     }
 
@@ -216,13 +223,18 @@ impl Packed {
         }
     }
 
-    /// As [`Packed::new`], with values that [`Packed::store`] brings later.
-    pub fn unfilled(isa: Isa, depth: usize, columns: usize) -> Self {
+    /// As [`Packed::new`], with values that [`Packed::store`] brings later: for a left side with so many
+    /// `taps`, and runs of so many values.
+    pub fn unfilled(isa: Isa, [taps, run]: [usize; 2], columns: usize) -> Self {
+        let depth = taps * run;
+        let split = isa.has_matrix_unit().then_some(run);
+        let vector = split.map_or(depth * isa.lanes(), |run| split_len(depth, run));
         Self {
             isa,
-            panels: panels(columns, depth, isa.lanes()),
+            panels: panels(columns, isa.lanes(), vector),
             values: Values::Stored(Arc::default()),
             depth,
+            split,
         }
     }
 
@@ -239,6 +251,7 @@ impl Packed {
             panels: self.panels.clone(),
             values: Values::Stored(block.clone()),
             depth: self.depth,
+            split: self.split,
         }
     }
 
@@ -255,18 +268,27 @@ impl Packed {
         self.isa.compiled(
             #[inline(always)]
             || {
+                let mut whole = Vec::new();
                 for panel in &self.panels {
-                    // SAFETY: each panel has a part of the block, which is filled with zeros before
-                    // it becomes a slice.
-                    let to = unsafe {
-                        let to = block.pointer().add(panel.offset);
-                        let len = self.panel_len(panel);
-                        to.write_bytes(0, len);
-                        std::slice::from_raw_parts_mut(to, len)
+                    let len = self.depth * panel.vectors * self.isa.lanes();
+                    let to = if self.split.is_some() {
+                        whole.clear();
+                        whole.resize(len, 0.0);
+                        &mut whole[..]
+                    } else {
+                        // SAFETY: each panel has a part of the block, which is filled with zeros before
+                        // it becomes a slice.
+                        unsafe {
+                            let to = block.pointer().add(panel.offset);
+                            to.write_bytes(0, len);
+                            std::slice::from_raw_parts_mut(to, len)
+                        }
                     };
                     let columns = panel.start..panel.start + panel.columns;
                     let weight = &weight[columns.start * self.depth..columns.end * self.depth];
                     pack_panel(to, weight, [inputs, area], &scale[columns]);
+                    // SAFETY: the panel's part of the block.
+                    unsafe { self.split_panel(panel, &whole, block.pointer()) };
                 }
             },
         );
@@ -280,6 +302,18 @@ impl Packed {
         };
         assert_eq!(block.len(), self.values_len());
         assert!(place.set(block).is_ok(), "weights are packed once");
+    }
+
+    /// # Safety
+    /// Behind `to` lie all values, and nobody else touches those of the panel.
+    unsafe fn split_panel(&self, panel: &Panel, values: &[f32], to: *mut f32) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(run) = self.split {
+            // SAFETY: as the caller promises.
+            unsafe { amx::split_panel(panel, values, [self.depth / run, run], to) };
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (panel, values, to);
     }
 
     /// For each panel its first column, its width, and where its values begin.
@@ -297,7 +331,10 @@ impl Packed {
     }
 
     fn panel_len(&self, panel: &Panel) -> usize {
-        self.depth * panel.vectors * self.isa.lanes()
+        match self.split {
+            Some(run) => panel.vectors * split_len(self.depth, run),
+            None => self.depth * panel.vectors * self.isa.lanes(),
+        }
     }
 
     fn pointer(&self) -> *const f32 {
@@ -379,8 +416,17 @@ fn pack_panel(to: &mut [f32], weight: &[f32], [inputs, area]: [usize; 2], scale:
     }
 }
 
-/// Panels of two vectors; a rest of up to one vector makes the last panel three wide.
-fn panels(columns: usize, depth: usize, lanes: usize) -> Vec<Panel> {
+/// Values of sixteen columns in tiles of a matrix unit.
+fn split_len(depth: usize, run: usize) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    return amx::steps([depth / run, run]) * crate::kernels::amx::TILE;
+    #[cfg(not(target_arch = "x86_64"))]
+    unreachable!("there is no matrix unit: {depth}, {run}")
+}
+
+/// Panels of two vectors; a rest of up to one vector makes the last panel three wide. The values of a vector's
+/// columns are so many.
+fn panels(columns: usize, lanes: usize, vector: usize) -> Vec<Panel> {
     let mut panels = Vec::new();
     let mut start = 0;
     let mut offset = 0;
@@ -397,7 +443,7 @@ fn panels(columns: usize, depth: usize, lanes: usize) -> Vec<Panel> {
             vectors,
             offset,
         };
-        offset += depth * vectors * lanes;
+        offset += vectors * vector;
         start += panel.columns;
         panels.push(panel);
     }
@@ -589,6 +635,11 @@ pub unsafe fn gemm(
         taps,
         epilogue,
     };
+    #[cfg(target_arch = "x86_64")]
+    if packed.isa.has_matrix_unit() {
+        // SAFETY: as the caller promises.
+        return unsafe { product.on_matrix_unit() };
+    }
     packed.isa.dispatch(product);
 }
 
@@ -916,11 +967,11 @@ mod tests {
                 .map(|_| rng.random_range(-1.0..1.0))
                 .collect();
             let scale: Vec<f64> = (0..outputs).map(|_| rng.random_range(-2.0..2.0)).collect();
-            let expected = Packed::new(isa, depth, outputs, |row, o| {
+            let expected = Packed::new(isa.vectors_only(), depth, outputs, |row, o| {
                 let (tap, i) = (row / inputs, row % inputs);
                 (f64::from(weight[(o * inputs + i) * area + tap]) * scale[o]) as f32
             });
-            let packed = Packed::unfilled(isa, depth, outputs);
+            let packed = Packed::unfilled(isa.vectors_only(), [area, inputs], outputs);
             packed.share().store(&slab, &weight, [inputs, area], &scale);
             assert!(packed.values() == expected.values(), "case {number}");
         }

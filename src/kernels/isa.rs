@@ -4,21 +4,50 @@ use pulp::{Arch, Simd, WithSimd};
 #[derive(Clone, Copy, Debug)]
 pub struct Isa {
     arch: Arch,
+    /// Products are computed on matrix units.
+    matrix_unit: bool,
 }
 
 impl Isa {
-    /// The best that this machine has (AVX-512, AVX2 with FMA, NEON); the environment variable
-    /// `SCONCE_ISA=portable` forces plain scalar code, which runs anywhere.
+    /// The best that this machine has (AVX-512, AVX2 with FMA, NEON; products on AMX, where there is
+    /// that). The environment variable `SCONCE_ISA` forces another: `vectors` leaves out matrix units, and
+    /// `portable` is plain scalar code, which runs anywhere.
     pub fn detect() -> Self {
-        match std::env::var_os("SCONCE_ISA") {
-            Some(name) if name == "portable" => Self::portable(),
-            _ => Self { arch: Arch::new() },
+        let name = std::env::var_os("SCONCE_ISA").unwrap_or_default();
+        if name == "portable" {
+            return Self::portable();
         }
+        let isa = Self::of(Arch::new());
+        #[cfg(target_arch = "x86_64")]
+        if name != "vectors" && isa.avx512().is_some() && super::amx::is_available() {
+            return Self {
+                matrix_unit: true,
+                ..isa
+            };
+        }
+        isa
     }
 
     /// No vectors at all.
     pub fn portable() -> Self {
-        Self { arch: Arch::Scalar }
+        Self::of(Arch::Scalar)
+    }
+
+    fn of(arch: Arch) -> Self {
+        Self {
+            arch,
+            matrix_unit: false,
+        }
+    }
+
+    /// Whether products are computed on matrix units.
+    pub fn has_matrix_unit(self) -> bool {
+        self.matrix_unit
+    }
+
+    /// The same without matrix units.
+    pub fn vectors_only(self) -> Self {
+        Self::of(self.arch)
     }
 
     /// Runs a kernel that is written over vectors.
@@ -62,21 +91,33 @@ impl Isa {
     pub fn narrower(self) -> Self {
         #[cfg(target_arch = "x86_64")]
         if let (16, Some(simd)) = (self.lanes(), self.avx2()) {
-            let arch = Arch::V3(simd);
-            return Self { arch };
+            return Self::of(Arch::V3(simd));
         }
         self
     }
 
-    /// For a product of so many columns: narrower vectors, where the widest would be padded by more
-    /// than a tenth of the columns (24 are a vector and a half of sixteen).
-    pub fn for_columns(self, columns: usize) -> Self {
-        let narrower = self.narrower();
+    /// For the product of an image's `rows`, each `taps` runs of `run` values, with so many columns: without
+    /// a matrix unit where feeding it takes longer than it saves, and with narrower vectors where the widest
+    /// would be padded by more than a tenth of the columns (24 are a vector and a half of sixteen).
+    ///
+    /// A unit wants sixteen rows and runs of whole vectors, and what is split for it has to be used often.
+    pub fn for_product(self, rows: usize, [taps, run]: [usize; 2], columns: usize) -> Self {
+        let padded = run.next_multiple_of(16);
+        if self.matrix_unit
+            && rows >= 12
+            && columns >= 64
+            && taps * run >= 96
+            && padded - run <= padded / 5
+        {
+            return self;
+        }
+        let vectors = self.vectors_only();
+        let narrower = vectors.narrower();
         let padded = |isa: Self| columns.next_multiple_of(isa.lanes());
-        if padded(self) > padded(narrower) + columns / 10 {
+        if padded(vectors) > padded(narrower) + columns / 10 {
             narrower
         } else {
-            self
+            vectors
         }
     }
 

@@ -30,6 +30,8 @@
 //! image. Their contract is that of [`Source`] and [`Target`]: the image that is named lies
 //! wholly behind the pointer, and nobody else touches the part that is written.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod attention;
 pub mod attention_gradient;
 pub mod bottleneck;

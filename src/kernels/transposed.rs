@@ -8,6 +8,9 @@
 //! first-level cache. Each output is a sum over
 //! chunks of chains of fused multiply-adds, in the order of the rows.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+
 use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
@@ -83,7 +86,7 @@ pub unsafe fn product(
     add: bool,
 ) {
     debug_assert!(n.start.is_multiple_of(PANEL) && leading.is_multiple_of(PANEL));
-    isa.dispatch(Product {
+    let product = Product {
         a,
         z,
         rows,
@@ -92,7 +95,13 @@ pub unsafe fn product(
         out,
         leading,
         add,
-    });
+    };
+    #[cfg(target_arch = "x86_64")]
+    if isa.has_matrix_unit() && product.suits_matrix_unit() {
+        // SAFETY: as the caller promises.
+        return unsafe { product.on_matrix_unit() };
+    }
+    isa.dispatch(product);
 }
 
 struct Product {

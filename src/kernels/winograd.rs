@@ -56,6 +56,8 @@ impl Winograd {
     /// Where channels do not fill whole vectors; see [`Winograd::fits`].
     pub fn unfilled(isa: Isa, tile: usize, [outputs, inputs]: [usize; 2]) -> Self {
         assert!(Self::fits(isa, inputs, outputs));
+        // Splitting tiles and products for a matrix unit takes longer than it saves.
+        let isa = isa.vectors_only();
         let frequencies = 0..tile * tile;
         Self {
             isa,
@@ -63,7 +65,7 @@ impl Winograd {
             inputs,
             outputs,
             weights: frequencies
-                .map(|_| Packed::unfilled(isa, inputs, outputs))
+                .map(|_| Packed::unfilled(isa, [1, inputs], outputs))
                 .collect(),
         }
     }

@@ -358,6 +358,8 @@ pub struct Frequencies {
 impl Frequencies {
     /// For tiles of so many rows, 6 or 4.
     pub fn new(isa: Isa, tile: usize, depth: usize, columns: usize) -> Self {
+        // Splitting tiles and products for a matrix unit takes longer than it saves.
+        let isa = isa.vectors_only();
         let product = |_| Packed::borrowing(isa, depth, columns);
         Self {
             isa,

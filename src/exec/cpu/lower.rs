@@ -167,7 +167,7 @@ impl<'a> Lowering<'a> {
                 };
                 let qkv = self.new_value(Dims::new(h, w, 3 * dim));
                 let projection =
-                    self.pointwise(&node.parameters[0], dim, vec![1.0; 3 * dim], store);
+                    self.pointwise(&node.parameters[0], h * w, dim, vec![1.0; 3 * dim], store);
                 self.push(projection, vec![source], qkv);
                 let mixed = self.new_value(Dims::new(h, w, dim));
                 self.push(Kind::Attention { heads }, vec![self.whole(qkv)], mixed);
@@ -346,8 +346,14 @@ impl<'a> Lowering<'a> {
             border = window.border(input_dims, output_dims);
             let (ins, outs) = (c.in_channels / c.groups, c.out_channels / c.groups);
             let (area, depth) = (kh * kw, kh * kw * ins);
-            let isa = isa.for_columns(outs);
-            let groups = (0..c.groups).map(|_| Packed::unfilled(isa, depth, outs));
+            let whole_rows = c.groups == 1 && self.is_whole(source);
+            let runs = if whole_rows {
+                [kh, kw * ins]
+            } else {
+                [area, ins]
+            };
+            let isa = isa.for_product(output_dims.pixels(), runs, outs);
+            let groups = (0..c.groups).map(|_| Packed::unfilled(isa, runs, outs));
             let groups: Vec<Packed> = groups.collect();
             let later: Vec<Packed> = groups.iter().map(Packed::share).collect();
             let scale = tail.scale.clone();
@@ -380,7 +386,9 @@ impl<'a> Lowering<'a> {
             && window.kernel == [3, 3]
             && window.before == [1, 1]
             && c.in_channels.min(c.out_channels) >= 32
-            && Winograd::fits(self.options.isa, c.in_channels, c.out_channels);
+            && Winograd::fits(self.options.isa, c.in_channels, c.out_channels)
+            // A matrix unit has computed them all before so many transformed weights are read.
+            && (c.in_channels <= 256 || !self.options.isa.has_matrix_unit());
         // Transformed weights grow with the square of the tile: beyond this they cost more to
         // read than they save.
         serves.then_some(if c.in_channels <= 256 { 6 } else { 4 })
@@ -403,7 +411,7 @@ impl<'a> Lowering<'a> {
         let bias = bias.first().map(|b| self.values(b)).transpose()?;
         let store = tail.store(bias.as_deref());
         let scale = std::mem::take(&mut tail.scale);
-        let kind = self.pointwise(weight, c, scale, store);
+        let kind = self.pointwise(weight, h * w, c, scale, store);
         self.push_fused(kind, source, Dims::new(h, w, outputs), &tail);
         Ok(())
     }
@@ -412,6 +420,7 @@ impl<'a> Lowering<'a> {
     fn pointwise(
         &mut self,
         weight: &'a Parameter,
+        pixels: usize,
         inputs: usize,
         scale: Vec<f64>,
         store: Store,
@@ -421,8 +430,9 @@ impl<'a> Lowering<'a> {
             stride: 1,
             before: [0, 0],
         };
-        let isa = self.options.isa.for_columns(scale.len());
-        let packed = Packed::unfilled(isa, inputs, scale.len());
+        let (isa, outputs) = (self.options.isa, scale.len());
+        let isa = isa.for_product(pixels, [1, inputs], outputs);
+        let packed = Packed::unfilled(isa, [1, inputs], outputs);
         let later = packed.share();
         self.later(weight, move |slab, weight| {
             later.store(slab, weight, [inputs, 1], &scale);

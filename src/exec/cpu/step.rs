@@ -501,7 +501,10 @@ impl Run<'_> {
         let threads = self.threads.threads();
         // They stay in the second-level cache while panels pass.
         let block_values = second_level_values() * 3 / 8;
-        let most = (block_values / depth).clamp(4 * TILE, 40 * TILE);
+        let mut most = (block_values / depth).clamp(4 * TILE, 40 * TILE);
+        if self.step.isa.has_matrix_unit() {
+            most = 256;
+        }
         let fewest_blocks = rows.div_ceil(most);
         let mut best = (usize::MAX, (rows, panels));
         for blocks in fewest_blocks..fewest_blocks + 2 * threads {

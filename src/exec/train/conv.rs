@@ -205,9 +205,18 @@ impl Product {
     /// Parts that are multiplied together.
     const TOGETHER: usize = 4;
 
-    fn new(isa: Isa, runs: usize, run: usize, columns: usize) -> Self {
+    fn new(isa: Isa, rows: usize, [runs, run]: [usize; 2], columns: usize) -> Self {
         let mut bounds = vec![0];
-        if run > Self::DEPTH {
+        let units = isa.for_product(rows, [runs, run], columns);
+        let isa = if units.has_matrix_unit() {
+            isa
+        } else {
+            isa.vectors_only()
+        };
+        if isa.has_matrix_unit() {
+            // It sums 32 products at a time.
+            bounds.push(runs * run);
+        } else if run > Self::DEPTH {
             let pieces = run.div_ceil(Self::DEPTH);
             let ends = |of: usize| (1..=pieces).map(move |piece| of * run + piece * run / pieces);
             bounds.extend((0..runs).flat_map(ends));
@@ -590,7 +599,7 @@ impl Layer {
             1 => (kh, kw * ins),
             _ => (kh * kw, ins),
         };
-        let pack = |_| Product::new(isa, runs, run, outs);
+        let pack = |_| Product::new(isa, pixels, [runs, run], outs);
         let groups = (0..conv.groups).map(pack).collect();
         Weights::Dense { groups, place: 0 }
     }
@@ -599,6 +608,7 @@ impl Layer {
         isa: Isa,
         conv: &Conv2d,
         weights: &Weights,
+        pixels: usize,
         destination: Destination,
     ) -> InputGradient {
         if matches!(weights, Weights::Winograd { .. }) {
@@ -631,7 +641,7 @@ impl Layer {
                     1 => (taps[0], taps[1] * outs),
                     _ => (taps[0] * taps[1], outs),
                 };
-                let pack = |_| Product::new(isa, runs, run, ins);
+                let pack = |_| Product::new(isa, pixels / (s * s), [runs, run], ins);
                 let groups = if depthwise || runs * run == 0 {
                     Vec::new()
                 } else {

@@ -914,8 +914,9 @@ impl Lowering<'_> {
         uses.push(feed.value());
         let isa = self.isa;
         let input = destination.map(|to| {
-            let weights = &self.layers[index].weights;
-            let mut input = Layer::new_input_gradient(isa, &conv, weights, to);
+            let layer = &self.layers[index];
+            let pixels = self.count * layer.input.pixels();
+            let mut input = Layer::new_input_gradient(isa, &conv, &layer.weights, pixels, to);
             input.place = self.new_value(input.packed_len(), false);
             uses.push(input.place);
             input

@@ -1,0 +1,381 @@
+//! [`gemm`](super::gemm) on matrix units, see [`crate::kernels::amx`].
+//!
+//! Both sides are split right before they are multiplied, some of the depth at a time, so that the
+//! second-level cache holds what they become: the left side once for all columns, two tiles of columns once
+//! for all rows. Each run of values behind a tap is filled up to whole vectors with zeros.
+
+use std::arch::x86_64::*;
+use std::cell::RefCell;
+use std::ops::Range;
+
+use pulp::{Simd, WithSimd};
+
+use super::{Panel, Product};
+use crate::kernels::amx::{SIDE, SUMS, SUMS_WIDTH, Soon, TILE, Tiles, Unit, split};
+use crate::kernels::elementwise;
+use crate::kernels::isa::{load, prefetch, prefetch_far, store};
+use crate::kernels::memory::Buffer;
+
+/// Steps of which both sides are split at a time: a tile has 72 KiB then.
+const STEPS: usize = 24;
+/// Rows of which the left side is split at a time.
+const ROWS: usize = 256;
+
+#[derive(Default)]
+struct Scratch {
+    /// Split sides and sums.
+    memory: Buffer,
+    depth: Vec<Depth>,
+    columns: Vec<Columns>,
+}
+
+thread_local! {
+    /// Each thread's, kept from product to product.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Up to sixteen columns of the right side.
+#[derive(Clone, Copy, Default)]
+struct Columns {
+    /// The first of them, and how many are not padding.
+    start: usize,
+    count: usize,
+    /// Where their values begin among all, and how far apart rows are; or where their tiles do.
+    offset: usize,
+    apart: usize,
+}
+
+/// Sixteen of the depth, or what is left of a run.
+#[derive(Clone, Copy, Default)]
+struct Depth {
+    /// Where they are behind a row's beginning on the left.
+    left: usize,
+    /// The first row on the right, and how many.
+    right: usize,
+    count: usize,
+}
+
+/// The depth in vectors, an even number of them: runs of so many values behind each tap.
+fn set_depth(vectors: &mut Vec<Depth>, taps: impl Iterator<Item = usize>, run: usize) {
+    vectors.clear();
+    for (tap, left) in taps.enumerate() {
+        vectors.extend((0..run).step_by(SIDE).map(|start| Depth {
+            left: left + start,
+            right: tap * run + start,
+            count: SIDE.min(run - start),
+        }));
+    }
+    if !vectors.len().is_multiple_of(2) {
+        vectors.push(Depth::default());
+    }
+}
+
+/// Steps of a product with so many taps and runs.
+pub(super) fn steps([taps, run]: [usize; 2]) -> usize {
+    (taps * run.div_ceil(SIDE)).div_ceil(2)
+}
+
+/// Splits a panel, `[depth, width]`.
+///
+/// # Safety
+/// Behind `to` lie all panels, and nobody else touches this one.
+pub(super) unsafe fn split_panel(
+    panel: &Panel,
+    values: &[f32],
+    [taps, run]: [usize; 2],
+    to: *mut f32,
+) {
+    let width = panel.vectors * SIDE;
+    assert_eq!(values.len(), taps * run * width);
+    let mut vectors = Vec::new();
+    set_depth(&mut vectors, std::iter::repeat_n(0, taps), run);
+    for tile in 0..panel.vectors {
+        // SAFETY: the panel's columns, and their place.
+        unsafe {
+            let from = values.as_ptr().add(tile * SIDE);
+            let to = to.add(panel.offset + tile * steps([taps, run]) * TILE);
+            split_columns(from, width, &vectors, to.cast());
+        }
+    }
+}
+
+impl Product<'_> {
+    /// The product on this thread's matrix unit.
+    ///
+    /// # Safety
+    /// The contract of [`super::gemm`], and there is a unit.
+    pub(super) unsafe fn on_matrix_unit(&self) {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let count = self.rows.inputs.len();
+            let run = self.packed.depth / self.taps.len();
+            // Runs of whole vectors are the same tiles, however many there are.
+            let same =
+                |of: usize| of == run || (of.is_multiple_of(SIDE) && run.is_multiple_of(SIDE));
+            assert!(self.packed.split.is_none_or(same));
+            set_depth(&mut scratch.depth, self.taps.iter().copied(), run);
+            self.set_columns(&mut scratch.columns);
+            let blocks = count.div_ceil(ROWS).max(1);
+            for block in 0..blocks {
+                let rows = block * count / blocks..(block + 1) * count / blocks;
+                // SAFETY: as the caller promises.
+                unsafe { self.block(rows, scratch) };
+            }
+        });
+    }
+
+    fn set_columns(&self, columns: &mut Vec<Columns>) {
+        let of_panel = |panel: &Panel| {
+            let panel = *panel;
+            let apart = panel.vectors * SIDE;
+            let next = match self.packed.split {
+                Some(run) => super::split_len(self.packed.depth, run),
+                None => SIDE,
+            };
+            (0..panel.vectors).map(move |tile| Columns {
+                start: panel.start + tile * SIDE,
+                count: SIDE.min(panel.columns - tile * SIDE),
+                offset: panel.offset + tile * next,
+                apart,
+            })
+        };
+        columns.clear();
+        columns.extend(self.panels.iter().flat_map(of_panel));
+    }
+
+    /// # Safety
+    /// As [`Product::on_matrix_unit`].
+    unsafe fn block(&self, rows: Range<usize>, scratch: &mut Scratch) {
+        if rows.is_empty() {
+            return;
+        }
+        let Scratch {
+            memory,
+            depth: vectors,
+            columns: all_columns,
+        } = scratch;
+        let is_split = self.packed.split.is_some();
+        let steps = vectors.len() / 2;
+        // Parts of the depth, as equal as can be.
+        let parts = steps.div_ceil(STEPS);
+        let longest = steps.div_ceil(parts);
+        let left_tiles = rows.len().div_ceil(SIDE);
+        let tile_rows = rows.len().div_ceil(left_tiles);
+        let pairs = all_columns.len().div_ceil(2);
+        let blocks = left_tiles.div_ceil(2);
+        // Sums of all the block wait for the next part of the depth, where there is one.
+        let kept = if parts > 1 { pairs * blocks } else { 1 };
+        let right_tiles = if is_split { 0 } else { 2 };
+        let [left_len, right_len] = [left_tiles, right_tiles].map(|tiles| tiles * longest * TILE);
+        memory.reserve((left_len + right_len + kept * SUMS).max(1 << 19));
+        let left = memory.pointer().cast::<u32>();
+        let unit = Unit::new(tile_rows);
+        let all_values = self.packed.pointer();
+        // SAFETY: parts of the scratch; the rest is the contract of `gemm`.
+        unsafe {
+            let scratch_right = left.add(left_len);
+            let all_sums = scratch_right.add(right_len).cast::<f32>();
+            for part in 0..parts {
+                let first = part * steps / parts;
+                let depth = &vectors[2 * first..2 * ((part + 1) * steps / parts)];
+                let (all_steps, steps, last) = (steps, depth.len() / 2, part + 1 == parts);
+                let apart = steps * TILE;
+                for (tile, start) in rows.clone().step_by(tile_rows).enumerate() {
+                    let end = rows.end.min(start + tile_rows);
+                    for (row, input) in self.rows.inputs[start..end].iter().enumerate() {
+                        split_row(*input, depth, left.add(tile * apart + row * SIDE));
+                    }
+                }
+                for (pair, columns) in all_columns.chunks(2).enumerate() {
+                    let mut right = Tiles {
+                        count: columns.len(),
+                        first: scratch_right,
+                        apart,
+                    };
+                    let mut soon = Soon {
+                        at: std::ptr::null(),
+                        lines: 0,
+                    };
+                    let next = all_columns.get(2 * pair + 2);
+                    if is_split {
+                        let place = |of: &Columns| all_values.add(of.offset + first * TILE);
+                        right.first = place(&columns[0]).cast();
+                        right.apart = all_steps * TILE;
+                        if let Some(next) = next {
+                            soon.at = place(next);
+                            soon.lines = (right.count * TILE / SIDE).div_ceil(blocks);
+                        }
+                    } else {
+                        let place =
+                            |of: &Columns| all_values.add(of.offset + depth[0].right * of.apart);
+                        for (tile, of) in columns.iter().enumerate() {
+                            let from = all_values.add(of.offset);
+                            split_columns(from, of.apart, depth, scratch_right.add(tile * apart));
+                        }
+                        if let Some(next) = next {
+                            soon.at = place(next);
+                            soon.lines = (2 * next.apart).div_ceil(blocks);
+                        }
+                    }
+                    for block in 0..blocks {
+                        let tiles = (left_tiles - 2 * block).min(2);
+                        let sums = if parts > 1 { pair * blocks + block } else { 0 };
+                        let sums = all_sums.add(sums * SUMS);
+                        let start = rows.start + 2 * block * tile_rows;
+                        let rows = start..rows.end.min(start + tiles * tile_rows);
+                        if last {
+                            self.prefetch_ends(rows.clone(), columns);
+                        }
+                        if part > 0 {
+                            // The next block's.
+                            for line in 0..SUMS / SIDE {
+                                prefetch_far(sums.wrapping_add(SUMS + line * SIDE));
+                            }
+                        }
+                        let left = Tiles {
+                            count: tiles,
+                            first: left.add(2 * block * apart),
+                            apart,
+                        };
+                        unit.multiply(left, right, steps, sums, part > 0, soon);
+                        soon.at = soon.at.wrapping_add(steps * soon.lines * SIDE);
+                        if last {
+                            self.packed.isa.dispatch(Finish {
+                                product: self,
+                                columns,
+                                rows,
+                                tile_rows,
+                                sums,
+                            });
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Asks for what a block's end adds and overwrites.
+    fn prefetch_ends(&self, rows: Range<usize>, columns: &[Columns]) {
+        let (start, count) = (columns[0].start, columns.len() * SIDE);
+        for output in &self.rows.outputs[rows.clone()] {
+            prefetch(output.wrapping_add(start), count);
+        }
+        if !self.rows.residuals.is_empty() {
+            for residual in &self.rows.residuals[rows] {
+                prefetch(residual.wrapping_add(start), count);
+            }
+        }
+    }
+}
+
+/// Splits some of the depth of sixteen columns, whose rows lie `apart` values from each other.
+///
+/// # Safety
+/// Behind `from` lie all rows, behind `to` as many steps of a tile, for the caller alone.
+#[target_feature(enable = "avx512f")]
+unsafe fn split_columns(from: *const f32, apart: usize, depth: &[Depth], to: *mut u32) {
+    for (step, [first, second]) in depth.as_chunks::<2>().0.iter().enumerate() {
+        for row in 0..SIDE {
+            let value = |of: &Depth| {
+                if row >= of.count {
+                    return _mm512_setzero_ps();
+                }
+                // SAFETY: a row of the columns.
+                unsafe { _mm512_loadu_ps(from.add((of.right + row) * apart)) }
+            };
+            // SAFETY: as the caller promises.
+            unsafe {
+                split(
+                    value(first),
+                    value(second),
+                    to.add(step * TILE + row * SIDE),
+                )
+            };
+        }
+    }
+}
+
+/// Splits some of the depth of a row, to a row of a tile.
+///
+/// # Safety
+/// Behind `from` lie the values of that depth, behind `to` as many steps of the row, for the caller alone.
+#[target_feature(enable = "avx512f")]
+unsafe fn split_row(from: *const f32, depth: &[Depth], to: *mut u32) {
+    for (step, pair) in depth.as_chunks::<2>().0.iter().enumerate() {
+        let [first, second] = pair.each_ref().map(|of| {
+            let from = from.wrapping_add(of.left);
+            // SAFETY: values of the row; what is masked is not read.
+            unsafe {
+                if of.count == SIDE {
+                    return _mm512_loadu_ps(from);
+                }
+                _mm512_maskz_loadu_ps(((1_u32 << of.count) - 1) as u16, from)
+            }
+        });
+        // SAFETY: as the caller promises.
+        unsafe { split(first, second, to.add(step * TILE)) };
+    }
+}
+
+/// Bias, residual, activation and the store of a block of sums.
+struct Finish<'a> {
+    product: &'a Product<'a>,
+    columns: &'a [Columns],
+    rows: Range<usize>,
+    /// Rows of the upper tiles; those of the lower begin at [`SIDE`].
+    tile_rows: usize,
+    sums: *const f32,
+}
+
+impl WithSimd for Finish<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        assert_eq!(S::F32_LANES, SIDE);
+        let Self { product, sums, .. } = self;
+        let mut buffer = [0.0; SIDE];
+        for (tile, columns) in self.columns.iter().enumerate() {
+            let whole = columns.count == SIDE;
+            let mut bias = simd.splat_f32s(0.0);
+            if !product.epilogue.bias.is_empty() {
+                let values = &product.epilogue.bias[columns.start..][..columns.count];
+                buffer[..columns.count].copy_from_slice(values);
+                // SAFETY: the buffer has so many values.
+                bias = unsafe { load::<S>(buffer.as_ptr()) };
+            }
+            for (index, row) in self.rows.clone().enumerate() {
+                let place = match index.checked_sub(self.tile_rows) {
+                    Some(below) => SIDE + below,
+                    None => index,
+                };
+                // SAFETY: the block has that row of sums; the rest is the contract of `gemm`.
+                unsafe {
+                    let sum = load::<S>(sums.add(place * SUMS_WIDTH + tile * SIDE));
+                    let mut value = simd.add_f32s(sum, bias);
+                    if let Some(&residual) = product.rows.residuals.get(row) {
+                        let residual = residual.add(columns.start);
+                        let other = if whole {
+                            load::<S>(residual)
+                        } else {
+                            residual.copy_to_nonoverlapping(buffer.as_mut_ptr(), columns.count);
+                            load::<S>(buffer.as_ptr())
+                        };
+                        value = simd.add_f32s(value, other);
+                    }
+                    if let Some(activation) = product.epilogue.activation {
+                        value = elementwise::activate_vector(simd, activation, value);
+                    }
+                    let output = (*product.rows.outputs.as_ptr().add(row)).add(columns.start);
+                    if whole {
+                        store::<S>(output, value);
+                    } else {
+                        store::<S>(buffer.as_mut_ptr(), value);
+                        buffer
+                            .as_ptr()
+                            .copy_to_nonoverlapping(output, columns.count);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! [`product`](super::product) on matrix units, see [`crate::kernels::amx`].
+//!
+//! Of a chunk of rows the left side is split for some columns at once, turned on the way; then two panels of the
+//! right side at a time. Each chunk has sums of its own, which are added up.
+
+use std::arch::x86_64::*;
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::{PANEL, Panels, Product};
+use crate::kernels::amx::{SIDE, SUMS, SUMS_WIDTH, Soon, TILE, Tiles, Unit, split};
+use crate::kernels::memory::Buffer;
+
+/// Rows of a step.
+const STEP: usize = 2 * SIDE;
+/// Rows of a chunk.
+const CHUNK: usize = 16 * STEP;
+/// Panels of the left side that are split at once: 768 KiB with so many rows.
+const PANELS: usize = 16;
+
+thread_local! {
+    /// Each thread's split sides and sums, kept from product to product.
+    static SCRATCH: RefCell<Buffer> = RefCell::default();
+}
+
+impl Product {
+    /// Whether a matrix unit is worth feeding.
+    pub(super) fn suits_matrix_unit(&self) -> bool {
+        self.rows >= STEP && self.k.len() >= 3 * SIDE && self.n.len() >= 2 * SIDE
+    }
+
+    /// The product on this thread's matrix unit.
+    ///
+    /// # Safety
+    /// The contract of [`super::product`], and there is a unit.
+    pub(super) unsafe fn on_matrix_unit(&self) {
+        assert!(self.k.start.is_multiple_of(PANEL));
+        let unit = Unit::new(SIDE);
+        let chunks = self.rows.div_ceil(CHUNK);
+        SCRATCH.with_borrow_mut(|scratch| {
+            let steps = self.rows.div_ceil(chunks).div_ceil(STEP);
+            scratch.reserve((PANELS + 2) * steps * TILE + SUMS);
+            for start in self.k.clone().step_by(PANELS * PANEL) {
+                let k = start..self.k.end.min(start + PANELS * PANEL);
+                for chunk in 0..chunks {
+                    let rows = chunk * self.rows / chunks..(chunk + 1) * self.rows / chunks;
+                    let add = self.add || chunk > 0;
+                    // SAFETY: as the caller promises.
+                    unsafe { self.chunk(&unit, rows, k.clone(), add, scratch.pointer()) };
+                }
+            }
+        });
+    }
+
+    /// # Safety
+    /// As [`Product::on_matrix_unit`]; behind the scratch lies what the chunk needs.
+    unsafe fn chunk(
+        &self,
+        unit: &Unit,
+        rows: Range<usize>,
+        k: Range<usize>,
+        add: bool,
+        scratch: *mut f32,
+    ) {
+        let steps = rows.len().div_ceil(STEP);
+        let apart = steps * TILE;
+        let (left_panels, right_panels) = (k.len().div_ceil(PANEL), self.n.len().div_ceil(PANEL));
+        let panel = |side: Panels, index: usize| {
+            let start = index * side.stride + rows.start * PANEL;
+            side.pointer.wrapping_add(start)
+        };
+        // SAFETY: parts of the scratch; the rest is the contract of `product`.
+        unsafe {
+            let left = scratch.cast::<u32>();
+            let right = left.add(left_panels * apart);
+            let sums = right.add(2 * apart).cast::<f32>();
+            for index in 0..left_panels {
+                let from = panel(self.a, k.start / PANEL + index);
+                split_turned(from, rows.len(), left.add(index * apart));
+            }
+            for pair in (0..right_panels).step_by(2) {
+                let count = (right_panels - pair).min(2);
+                for index in 0..count {
+                    let from = panel(self.z, self.n.start / PANEL + pair + index);
+                    split_panel(from, rows.len(), right.add(index * apart));
+                }
+                let blocks = left_panels.div_ceil(2);
+                let next = panel(self.z, self.n.start / PANEL + pair + count);
+                for block in 0..blocks {
+                    let left = Tiles {
+                        count: (left_panels - 2 * block).min(2),
+                        first: left.add(2 * block * apart),
+                        apart,
+                    };
+                    let right = Tiles {
+                        count,
+                        first: right,
+                        apart,
+                    };
+                    // One of the two panels that come next; the processor foresees the other.
+                    let lines = STEP.div_ceil(blocks);
+                    let soon = Soon {
+                        at: next.wrapping_add(block * steps * lines * SIDE),
+                        lines,
+                    };
+                    unit.multiply(left, right, steps, sums, false, soon);
+                    let first = k.start + 2 * block * PANEL;
+                    let out = first..k.end.min(first + left.count * PANEL);
+                    self.store(sums, out, self.n.start + pair * PANEL, count, add);
+                }
+            }
+        }
+    }
+
+    /// Stores sums in so many panels of the output, or adds them.
+    ///
+    /// # Safety
+    /// The output has them, for the caller alone.
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store(&self, sums: *const f32, k: Range<usize>, n: usize, panels: usize, add: bool) {
+        for (row, k) in k.enumerate() {
+            for panel in 0..panels {
+                // SAFETY: as the caller promises.
+                unsafe {
+                    let out = self.out.add(k * self.leading + n + panel * PANEL);
+                    let mut sum = _mm512_loadu_ps(sums.add(row * SUMS_WIDTH + panel * SIDE));
+                    if add {
+                        sum = _mm512_add_ps(_mm512_loadu_ps(out), sum);
+                    }
+                    _mm512_storeu_ps(out, sum);
+                }
+            }
+        }
+    }
+}
+
+/// Sixteen rows of a panel from `start` on, zeros behind the last of `rows`.
+///
+/// # Safety
+/// The panel has so many rows.
+#[target_feature(enable = "avx512f")]
+unsafe fn load_rows(from: *const f32, start: usize, rows: usize) -> [__m512; SIDE] {
+    let mut vectors = [_mm512_setzero_ps(); SIDE];
+    for (row, vector) in vectors.iter_mut().enumerate() {
+        if start + row < rows {
+            // SAFETY: a row of the panel.
+            *vector = unsafe { _mm512_loadu_ps(from.add((start + row) * PANEL)) };
+        }
+    }
+    vectors
+}
+
+/// Splits rows of a panel to steps of a right tile.
+///
+/// # Safety
+/// The panel has so many rows, and behind `to` lie steps for them, for the caller alone.
+#[target_feature(enable = "avx512f")]
+unsafe fn split_panel(from: *const f32, rows: usize, to: *mut u32) {
+    for (step, start) in (0..rows).step_by(STEP).enumerate() {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let first = load_rows(from, start, rows);
+            let second = load_rows(from, start + SIDE, rows);
+            for row in 0..SIDE {
+                split(first[row], second[row], to.add(step * TILE + row * SIDE));
+            }
+        }
+    }
+}
+
+/// Splits rows of a panel to steps of a left tile, whose rows are the panel's columns.
+///
+/// # Safety
+/// As [`split_panel`].
+#[target_feature(enable = "avx512f")]
+unsafe fn split_turned(from: *const f32, rows: usize, to: *mut u32) {
+    for (step, start) in (0..rows).step_by(STEP).enumerate() {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let first = turned(load_rows(from, start, rows));
+            let second = turned(load_rows(from, start + SIDE, rows));
+            for column in 0..SIDE {
+                split(
+                    first[column],
+                    second[column],
+                    to.add(step * TILE + column * SIDE),
+                );
+            }
+        }
+    }
+}
+
+/// A matrix of sixteen rows and columns transposed.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn turned(rows: [__m512; SIDE]) -> [__m512; SIDE] {
+    let mut pairs = rows;
+    for i in 0..8 {
+        pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+    }
+    // Columns of four rows: each lane of 128 bits holds those of four columns, one of them here.
+    let mut fours = pairs;
+    for i in 0..4 {
+        for half in 0..2 {
+            let [a, b] = [pairs[4 * i + half], pairs[4 * i + 2 + half]];
+            let [a, b] = [_mm512_castps_pd(a), _mm512_castps_pd(b)];
+            fours[4 * i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            fours[4 * i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    }
+    // fours[4 i + c], lane l: column 4 l + c of the rows 4 i to 4 i + 3.
+    let mut columns = rows;
+    for c in 0..4 {
+        let [a, b, d, e] = [fours[c], fours[4 + c], fours[8 + c], fours[12 + c]];
+        let low = [
+            _mm512_shuffle_f32x4::<0x88>(a, b),
+            _mm512_shuffle_f32x4::<0x88>(d, e),
+        ];
+        let high = [
+            _mm512_shuffle_f32x4::<0xdd>(a, b),
+            _mm512_shuffle_f32x4::<0xdd>(d, e),
+        ];
+        columns[c] = _mm512_shuffle_f32x4::<0x88>(low[0], low[1]);
+        columns[8 + c] = _mm512_shuffle_f32x4::<0xdd>(low[0], low[1]);
+        columns[4 + c] = _mm512_shuffle_f32x4::<0x88>(high[0], high[1]);
+        columns[12 + c] = _mm512_shuffle_f32x4::<0xdd>(high[0], high[1]);
+    }
+    columns
+}
