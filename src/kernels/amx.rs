@@ -294,3 +294,42 @@ pub unsafe fn split(mut first: __m512, mut second: __m512, to: *mut u32) {
         }
     }
 }
+
+/// A matrix of sixteen rows and columns transposed.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub fn turned(rows: [__m512; SIDE]) -> [__m512; SIDE] {
+    let mut pairs = rows;
+    for i in 0..8 {
+        pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+    }
+    // Columns of four rows: each lane of 128 bits holds those of four columns, one of them here.
+    let mut fours = pairs;
+    for i in 0..4 {
+        for half in 0..2 {
+            let [a, b] = [pairs[4 * i + half], pairs[4 * i + 2 + half]];
+            let [a, b] = [_mm512_castps_pd(a), _mm512_castps_pd(b)];
+            fours[4 * i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            fours[4 * i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    }
+    // fours[4 i + c], lane l: column 4 l + c of the rows 4 i to 4 i + 3.
+    let mut columns = rows;
+    for c in 0..4 {
+        let [a, b, d, e] = [fours[c], fours[4 + c], fours[8 + c], fours[12 + c]];
+        let low = [
+            _mm512_shuffle_f32x4::<0x88>(a, b),
+            _mm512_shuffle_f32x4::<0x88>(d, e),
+        ];
+        let high = [
+            _mm512_shuffle_f32x4::<0xdd>(a, b),
+            _mm512_shuffle_f32x4::<0xdd>(d, e),
+        ];
+        columns[c] = _mm512_shuffle_f32x4::<0x88>(low[0], low[1]);
+        columns[8 + c] = _mm512_shuffle_f32x4::<0xdd>(low[0], low[1]);
+        columns[4 + c] = _mm512_shuffle_f32x4::<0x88>(high[0], high[1]);
+        columns[12 + c] = _mm512_shuffle_f32x4::<0xdd>(high[0], high[1]);
+    }
+    columns
+}

@@ -150,6 +150,52 @@ impl Packed {
         }
     }
 
+    /// As [`Packed::borrowing`], for a left side with so many `taps` and runs of so many values: whole panels
+    /// are brought by [`Packed::set_lent_panel`], if it is for a matrix unit.
+    pub fn borrowing_runs(isa: Isa, [taps, run]: [usize; 2], columns: usize) -> Self {
+        Self {
+            values: Values::Lent(AtomicPtr::default()),
+            ..Self::unfilled(isa, [taps, run], columns)
+        }
+    }
+
+    /// Whether panels are brought as a whole.
+    pub fn is_split(&self) -> bool {
+        self.split.is_some()
+    }
+
+    /// Brings a panel's values, `[depth, width]` and whatever follows, to memory that was lent.
+    ///
+    /// # Safety
+    /// Behind the pointer that was lent lie [`Packed::values_len`] values, and nobody else touches those
+    /// of the panel.
+    pub unsafe fn set_lent_panel(&self, panel: usize, values: &[f32]) {
+        let to = self.pointer().cast_mut();
+        let panel = &self.panels[panel];
+        let len = self.depth * panel.vectors * self.isa.lanes();
+        // SAFETY: as the caller promises.
+        unsafe { self.split_panel(panel, &values[..len], to) };
+    }
+
+    /// Brings some panels to memory that was lent, from a matrix that is `[depth, columns]`, or `[columns,
+    /// depth]` where it is `transposed`. For a product of one tap that [`Packed::is_split`].
+    ///
+    /// # Safety
+    /// As [`Packed::set_lent_panel`], for those panels.
+    ///
+    /// # Panics
+    /// Where the matrix has another size.
+    pub unsafe fn set_lent_matrix(&self, panels: Range<usize>, matrix: &[f32], transposed: bool) {
+        assert!(self.split == Some(self.depth) && matrix.len() == self.depth * self.columns());
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as the caller promises.
+        unsafe {
+            amx::split_matrix(self, &self.panels[panels], matrix, transposed);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (panels, transposed);
+    }
+
     /// Where the values are from now on.
     ///
     /// # Panics
@@ -162,18 +208,30 @@ impl Packed {
     }
 
     /// The first of a panel's columns and how many there are, and where its rows are in memory that was
-    /// lent; what is behind the columns of the last panel becomes zero.
+    /// lent, or in `whole` where [`Packed::is_split`]; what is behind the columns of the last panel becomes
+    /// zero.
     ///
     /// # Safety
     /// Behind the pointer that was lent lie [`Packed::values_len`] values, and nobody else touches those
     /// of the panel.
-    pub unsafe fn lent_rows(&self, panel: usize, rows: &mut Vec<*mut f32>) -> Range<usize> {
+    pub unsafe fn lent_rows(
+        &self,
+        panel: usize,
+        whole: &mut Vec<f32>,
+        rows: &mut Vec<*mut f32>,
+    ) -> Range<usize> {
         let panel = &self.panels[panel];
         let width = panel.vectors * self.isa.lanes();
+        let place = if self.is_split() {
+            whole.resize(whole.len().max(self.depth * width), 0.0);
+            whole.as_mut_ptr()
+        } else {
+            self.pointer().wrapping_add(panel.offset).cast_mut()
+        };
         for row in 0..self.depth {
             // SAFETY: values of the panel, as the caller promises.
             unsafe {
-                let start = self.pointer().add(panel.offset + row * width).cast_mut();
+                let start = place.add(row * width);
                 start
                     .add(panel.columns)
                     .write_bytes(0, width - panel.columns);
@@ -373,6 +431,9 @@ impl Packed {
 
     /// Rows of a tile that the product prefers.
     pub const TILE_ROWS: usize = 6;
+
+    /// Rows that are split for a matrix unit at a time.
+    pub const SPLIT_ROWS: usize = 256;
 }
 
 /// Fills a panel's columns, `value(row, column)` each.

@@ -445,7 +445,9 @@ impl Run<'_> {
         let pixels = count * output.layout.dims.pixels();
         let panels = groups[0].panel_count();
         let depth = groups[0].depth();
-        let (block, part) = self.division(pixels, panels, groups.len(), depth, gated);
+        let on_matrix_unit = groups[0].is_split();
+        let (block, part) =
+            self.division(pixels, panels, groups.len(), depth, gated, on_matrix_unit);
         let (blocks, parts) = (pixels.div_ceil(block), panels.div_ceil(part));
         self.tasks(blocks * groups.len() * parts, |task| {
             let (block_index, rest) =
@@ -494,6 +496,7 @@ impl Run<'_> {
         groups: usize,
         depth: usize,
         gated: bool,
+        on_matrix_unit: bool,
     ) -> (usize, usize) {
         const TILE: usize = Packed::TILE_ROWS;
         // Of a task, in products of a row and a panel's column of vectors.
@@ -501,10 +504,11 @@ impl Run<'_> {
         let threads = self.threads.threads();
         // They stay in the second-level cache while panels pass.
         let block_values = second_level_values() * 3 / 8;
-        let mut most = (block_values / depth).clamp(4 * TILE, 40 * TILE);
-        if self.step.isa.has_matrix_unit() {
-            most = 256;
-        }
+        // A matrix unit splits as many as it has room for.
+        let most = match on_matrix_unit {
+            true => Packed::SPLIT_ROWS,
+            false => (block_values / depth).clamp(4 * TILE, 40 * TILE),
+        };
         let fewest_blocks = rows.div_ceil(most);
         let mut best = (usize::MAX, (rows, panels));
         for blocks in fewest_blocks..fewest_blocks + 2 * threads {

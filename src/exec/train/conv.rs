@@ -123,6 +123,12 @@ pub(super) enum Weights {
     Depthwise(Depthwise),
 }
 
+impl Weights {
+    fn on_matrix_unit(&self) -> bool {
+        matches!(self, Self::Dense { groups, .. } if groups[0].split().is_some())
+    }
+}
+
 pub(super) struct Backward {
     pub from: OutputGradient,
     /// Trained weights: where the sums are kept.
@@ -194,6 +200,13 @@ struct Part {
     packed: Packed,
 }
 
+/// The right sides of some products, one after the other: `[depth, columns]`, or `[columns, depth]`.
+#[derive(Clone, Copy)]
+struct Matrix<'a> {
+    values: &'a [f32],
+    transposed: bool,
+}
+
 /// Some columns of a product, and where each of its rows begins there.
 struct PanelRows {
     columns: Range<usize>,
@@ -206,17 +219,15 @@ impl Product {
     const TOGETHER: usize = 4;
 
     fn new(isa: Isa, rows: usize, [runs, run]: [usize; 2], columns: usize) -> Self {
-        let mut bounds = vec![0];
-        let units = isa.for_product(rows, [runs, run], columns);
-        let isa = if units.has_matrix_unit() {
-            isa
-        } else {
-            isa.vectors_only()
-        };
+        let isa = isa.for_product(rows, [runs, run], columns);
         if isa.has_matrix_unit() {
-            // It sums 32 products at a time.
-            bounds.push(runs * run);
-        } else if run > Self::DEPTH {
+            // Which sums 32 products at a time.
+            let packed = Packed::borrowing_runs(isa, [runs, run], columns);
+            let together = vec![vec![Part { start: 0, packed }]];
+            return Self { run, together };
+        }
+        let mut bounds = vec![0];
+        if run > Self::DEPTH {
             let pieces = run.div_ceil(Self::DEPTH);
             let ends = |of: usize| (1..=pieces).map(move |piece| of * run + piece * run / pieces);
             bounds.extend((0..runs).flat_map(ends));
@@ -259,14 +270,22 @@ impl Product {
         self.together.iter().map(len).sum()
     }
 
+    /// The whole product, if it is one for a matrix unit.
+    fn split(&self) -> Option<&Packed> {
+        let packed = &self.together[0][0].packed;
+        packed.is_split().then_some(packed)
+    }
+
     /// Packs the weights of some products into a value: `fill(product, panels)` writes up to so many
-    /// neighbouring panels, each some columns of all rows.
+    /// neighbouring panels, each some columns of all rows. Products for a matrix unit are made of a `matrix`
+    /// at once, where there is one.
     fn pack(
         products: &[&Self],
         memory: &Memory,
         place: ValueId,
         neighbours: usize,
         fill: impl Fn(usize, &[PanelRows]) + Sync,
+        matrix: Option<Matrix>,
     ) {
         // At least so many tasks, for several threads to share.
         const TASKS: usize = 8;
@@ -289,16 +308,31 @@ impl Product {
         }
         memory.pool.run(tasks.len(), |task| {
             let (index, panels) = tasks[task].clone();
-            let rows_of = |panel: usize| {
-                let (mut rows, mut columns) = (Vec::new(), 0..0);
-                for part in products[index].parts() {
-                    // SAFETY: each panel is one task's.
-                    columns = unsafe { part.packed.lent_rows(panel, &mut rows) };
+            if let (Some(matrix), Some(packed)) = (matrix, products[index].split()) {
+                let len = matrix.values.len() / products.len();
+                let values = &matrix.values[index * len..][..len];
+                // SAFETY: each panel is one task's.
+                return unsafe { packed.set_lent_matrix(panels, values, matrix.transposed) };
+            }
+            WHOLE.with_borrow_mut(|whole| {
+                whole.resize_with(whole.len().max(panels.len()), Vec::new);
+                let rows_of = |(panel, whole): (usize, &mut Vec<f32>)| {
+                    let (mut rows, mut columns) = (Vec::new(), 0..0);
+                    for part in products[index].parts() {
+                        // SAFETY: each panel is one task's.
+                        columns = unsafe { part.packed.lent_rows(panel, whole, &mut rows) };
+                    }
+                    PanelRows { columns, rows }
+                };
+                let filled: Vec<PanelRows> = panels.clone().zip(&mut *whole).map(rows_of).collect();
+                fill(index, &filled);
+                if let Some(packed) = products[index].split() {
+                    for (panel, values) in panels.zip(whole) {
+                        // SAFETY: as above.
+                        unsafe { packed.set_lent_panel(panel, values) };
+                    }
                 }
-                PanelRows { columns, rows }
-            };
-            let panels: Vec<PanelRows> = panels.map(rows_of).collect();
-            fill(index, &panels);
+            });
         });
     }
 
@@ -346,7 +380,7 @@ const CACHED_WEIGHTS: usize = 256 << 10;
 const WINOGRAD_PIXELS: usize = 800;
 const WINOGRAD_VALUES: usize = 128 << 10;
 /// Rows of a weight gradient that a task computes from panels.
-const PART_ROWS: usize = 8 * PANEL;
+const PART_ROWS: usize = 16 * PANEL;
 
 #[derive(Default)]
 struct Scratch {
@@ -360,6 +394,8 @@ struct Scratch {
 }
 
 thread_local! {
+    /// Panels that are filled as a whole.
+    static WHOLE: RefCell<Vec<Vec<f32>>> = RefCell::default();
     /// Each thread's scratch, kept from step to step.
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
@@ -471,7 +507,10 @@ impl Layer {
             return Block::divide(count, output, pixels, 4);
         }
         // Weights that the second-level cache does not hold are read anew for every block.
-        let least = if conv.weights() > CACHED_WEIGHTS {
+        let least = if weights.on_matrix_unit() {
+            // It has multiplied them sooner than they are read; strips of windows need the cache too.
+            if conv.kernel == [1, 1] { 400 } else { 200 }
+        } else if conv.weights() > CACHED_WEIGHTS {
             128
         } else {
             96
@@ -735,7 +774,11 @@ impl Layer {
         let ins = self.input.c / self.conv.groups;
         let each = weight.len() / self.conv.groups;
         let products: Vec<&Product> = groups.iter().collect();
-        Product::pack(&products, memory, *place, 1, |group, panels| {
+        let matrix = (area == 1).then_some(Matrix {
+            values: &weight,
+            transposed: true,
+        });
+        let fill = |group: usize, panels: &[PanelRows]| {
             for PanelRows { columns, rows } in panels {
                 // Of a few values of each output at a time: lines that are read, and lines that are written,
                 // stay in the cache.
@@ -758,7 +801,8 @@ impl Layer {
                     }
                 }
             }
-        });
+        };
+        Product::pack(&products, memory, *place, 1, fill, matrix);
     }
 
     /// Packs the products of the backward pass, which comes next.
@@ -817,7 +861,11 @@ impl Layer {
         // Of an output's weights in one panel, single values for each input are only a line or two side by
         // side, which is slow to read.
         let neighbours = if area == 1 { 4 } else { 1 };
-        Product::pack(&products, memory, input.place, neighbours, fill);
+        let matrix = (area == 1).then_some(Matrix {
+            values: &weight,
+            transposed: false,
+        });
+        Product::pack(&products, memory, input.place, neighbours, fill, matrix);
     }
 
     /// Whether windows are single pixels, so that a row of the input is a row of the product.

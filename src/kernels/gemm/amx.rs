@@ -10,16 +10,14 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use super::{Panel, Product};
-use crate::kernels::amx::{SIDE, SUMS, SUMS_WIDTH, Soon, TILE, Tiles, Unit, split};
+use super::{Packed, Panel, Product};
+use crate::kernels::amx::{SIDE, SUMS, SUMS_WIDTH, Soon, TILE, Tiles, Unit, split, turned};
 use crate::kernels::elementwise;
 use crate::kernels::isa::{load, prefetch, prefetch_far, store};
 use crate::kernels::memory::Buffer;
 
 /// Steps of which both sides are split at a time: a tile has 72 KiB then.
 const STEPS: usize = 24;
-/// Rows of which the left side is split at a time.
-const ROWS: usize = 256;
 
 #[derive(Default)]
 struct Scratch {
@@ -99,6 +97,80 @@ pub(super) unsafe fn split_panel(
     }
 }
 
+/// Splits some panels of a matrix, `[depth, columns]` or the transposed one.
+///
+/// # Safety
+/// Behind the product's pointer lie all its values, and nobody else touches those of the panels.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn split_matrix(
+    packed: &Packed,
+    panels: &[Panel],
+    matrix: &[f32],
+    transposed: bool,
+) {
+    let (depth, columns) = (packed.depth, packed.columns());
+    let steps = steps([1, depth]);
+    let tiles = panels.iter().flat_map(|panel| {
+        (0..panel.vectors).map(|tile| {
+            let start = panel.start + tile * SIDE;
+            let to = packed
+                .pointer()
+                .wrapping_add(panel.offset + tile * steps * TILE);
+            (
+                start,
+                SIDE.min(columns - start),
+                to.cast_mut().cast::<u32>(),
+            )
+        })
+    });
+    let tiles: Vec<_> = tiles.collect();
+    // Step by step: of each row of the matrix, the columns of all tiles lie side by side.
+    for step in 0..steps {
+        for &(start, count, to) in &tiles {
+            // SAFETY: a step of a tile; values of the matrix.
+            unsafe {
+                let [first, second] = [0, 1].map(|half| {
+                    let row = (step * 2 + half) * SIDE;
+                    let rows = SIDE.min(depth.saturating_sub(row));
+                    if transposed {
+                        load_square(matrix, [start, count], depth, [row, rows], true)
+                    } else {
+                        load_square(matrix, [row, rows], columns, [start, count], false)
+                    }
+                });
+                for row in 0..SIDE {
+                    split(first[row], second[row], to.add(step * TILE + row * SIDE));
+                }
+            }
+        }
+    }
+}
+
+/// Up to sixteen rows and columns of a matrix of so many columns, each where it starts and how many; the rest
+/// are zeros.
+#[target_feature(enable = "avx512f")]
+fn load_square(
+    matrix: &[f32],
+    [row, rows]: [usize; 2],
+    columns: usize,
+    [column, count]: [usize; 2],
+    transposed: bool,
+) -> [__m512; SIDE] {
+    // Rows that are asked for before they are read, or columns of each row.
+    const AHEAD: usize = 4 * SIDE;
+    let mask = ((1_u32 << count) - 1) as u16;
+    let mut vectors = [_mm512_setzero_ps(); SIDE];
+    let rows = if count == 0 { 0 } else { rows };
+    for (index, vector) in vectors.iter_mut().enumerate().take(rows) {
+        let from = &matrix[(row + index) * columns + column..][..count];
+        let ahead = if transposed { AHEAD } else { AHEAD * columns };
+        prefetch_far(from.as_ptr().wrapping_add(ahead));
+        // SAFETY: so many values; what is masked is not read.
+        *vector = unsafe { _mm512_maskz_loadu_ps(mask, from.as_ptr()) };
+    }
+    if transposed { turned(vectors) } else { vectors }
+}
+
 impl Product<'_> {
     /// The product on this thread's matrix unit.
     ///
@@ -114,7 +186,7 @@ impl Product<'_> {
             assert!(self.packed.split.is_none_or(same));
             set_depth(&mut scratch.depth, self.taps.iter().copied(), run);
             self.set_columns(&mut scratch.columns);
-            let blocks = count.div_ceil(ROWS).max(1);
+            let blocks = count.div_ceil(Packed::SPLIT_ROWS).max(1);
             for block in 0..blocks {
                 let rows = block * count / blocks..(block + 1) * count / blocks;
                 // SAFETY: as the caller promises.
@@ -375,6 +447,124 @@ impl WithSimd for Finish<'_> {
                             .copy_to_nonoverlapping(output, columns.count);
                     }
                 }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::super::{Epilogue, Rows, gemm};
+    use super::*;
+    use crate::kernels::Isa;
+    use crate::kernels::memory::Slab;
+
+    /// The product of `left`, `[rows, depth]`.
+    fn product(packed: &Packed, left: &[f32], rows: usize) -> Vec<f32> {
+        let columns = packed.columns();
+        let mut out = vec![f32::NAN; rows * columns];
+        let mut of = Rows::new();
+        let depth = packed.depth();
+        for (left, out) in left.chunks_exact(depth).zip(out.chunks_exact_mut(columns)) {
+            of.push(left.as_ptr(), out.as_mut_ptr(), None);
+        }
+        let nothing = Epilogue {
+            bias: &[],
+            activation: None,
+        };
+        // SAFETY: rows of so many values.
+        unsafe { gemm(packed, 0..packed.panel_count(), &of, &[0], nothing) };
+        out
+    }
+
+    /// Normal values of many magnitudes.
+    fn random(rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
+        let value = |_| rng.random_range(-1.0_f32..1.0) * 2.0_f32.powi(rng.random_range(-6..3));
+        (0..count).map(value).collect()
+    }
+
+    #[test]
+    fn sums_of_three_parts_are_as_exact_as_those_of_vectors() {
+        let unit = Isa::detect();
+        if !unit.has_matrix_unit() {
+            return; // another processor
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(0);
+        for _ in 0..40 {
+            let [rows, columns] = [0; 2].map(|_| rng.random_range(1..70));
+            let depth = rng.random_range(30..3000);
+            let left = random(&mut rng, rows * depth);
+            let right = random(&mut rng, depth * columns);
+            let error = |isa: Isa| -> f64 {
+                let packed = Packed::new(isa, depth, columns, |row, c| right[row * columns + c]);
+                let product = product(&packed, &left, rows);
+                let errors = product.iter().enumerate().map(|(i, &value)| {
+                    let (row, column) = (i / columns, i % columns);
+                    let terms = left[row * depth..][..depth].iter().enumerate();
+                    let exact: f64 = terms
+                        .map(|(d, &l)| f64::from(l) * f64::from(right[d * columns + column]))
+                        .sum();
+                    (f64::from(value) - exact).powi(2)
+                });
+                errors.sum::<f64>().sqrt()
+            };
+            let errors = [unit, unit.vectors_only()].map(error);
+            assert!(errors[0] <= errors[1], "depth {depth}: {errors:?}");
+        }
+    }
+
+    #[test]
+    fn values_that_are_split_early_give_the_same_bits() {
+        let isa = Isa::detect();
+        if !isa.has_matrix_unit() {
+            return; // another processor
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let slab = Slab::default();
+        for case in 0..60 {
+            let [rows, columns, depth] = [90, 120, 900].map(|most| rng.random_range(1..most));
+            let left = random(&mut rng, rows * depth);
+            // `[columns, depth]`
+            let matrix = random(&mut rng, columns * depth);
+            let turned: Vec<f32> = (0..depth * columns)
+                .map(|i| matrix[i % columns * depth + i / columns])
+                .collect();
+            let late = Packed::new(isa, depth, columns, |row, c| matrix[c * depth + row]);
+            let expected = product(&late, &left, rows);
+
+            let stored = Packed::unfilled(isa, [1, depth], columns);
+            stored.store(&slab, &matrix, [depth, 1], &vec![1.0; columns]);
+            assert!(product(&stored, &left, rows) == expected, "case {case}");
+
+            let lent = Packed::borrowing_runs(isa, [1, depth], columns);
+            for way in 0..3 {
+                let mut values = vec![f32::NAN; lent.values_len()];
+                lent.lend(values.as_mut_ptr());
+                // SAFETY: memory of so many values.
+                unsafe {
+                    match way {
+                        0 => lent.set_lent_matrix(0..lent.panel_count(), &matrix, true),
+                        1 => lent.set_lent_matrix(0..lent.panel_count(), &turned, false),
+                        _ => {
+                            for panel in 0..lent.panel_count() {
+                                let (mut whole, mut places) = (Vec::new(), Vec::new());
+                                let of = lent.lent_rows(panel, &mut whole, &mut places);
+                                for (row, &place) in places.iter().enumerate() {
+                                    let from = turned[row * columns..][of.clone()].as_ptr();
+                                    place.copy_from_nonoverlapping(from, of.len());
+                                }
+                                lent.set_lent_panel(panel, &whole);
+                            }
+                        }
+                    }
+                }
+                assert!(
+                    product(&lent, &left, rows) == expected,
+                    "case {case}, {way}"
+                );
             }
         }
     }
