@@ -18,8 +18,11 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::sync::OnceLock;
+
+use super::memory::{Buffer, LARGE_PAGE_VALUES};
 
 /// Rows of a tile, words of its rows, and columns of a product of two.
 pub const SIDE: usize = 16;
@@ -58,6 +61,24 @@ fn permitted() -> bool {
     false
 }
 
+thread_local! {
+    /// Each thread's split sides and sums, kept from product to product.
+    static MEMORY: RefCell<Buffer> = RefCell::default();
+}
+
+/// Calls `f` with this thread's memory for so many values, at the beginning of a line of the cache.
+///
+/// # Panics
+/// Where `f` asks for it too.
+pub fn with_memory<R>(values: usize, f: impl FnOnce(*mut f32) -> R) -> R {
+    MEMORY.with_borrow_mut(|memory| {
+        // In small pages, which lie anywhere, what belongs together would share few sets of the second-level
+        // cache.
+        memory.reserve(values.max(LARGE_PAGE_VALUES));
+        f(memory.pointer())
+    })
+}
+
 /// This thread's unit, with left tiles and sums of some rows; it is free again when this is dropped.
 pub struct Unit(PhantomData<*const ()>);
 
@@ -75,6 +96,13 @@ pub struct Tiles {
 pub struct Soon {
     pub at: *const f32,
     pub lines: usize,
+}
+
+impl Soon {
+    pub const NOTHING: Self = Self {
+        at: std::ptr::null(),
+        lines: 0,
+    };
 }
 
 /// The palette, then bytes of a row and rows of each tile.

@@ -6,6 +6,9 @@
 //! runs of three pixels each. A tile of six rows (twelve, where vectors are of sixteen values) and a
 //! panel is held in registers while the whole depth passes, so that each output is one chain of fused
 //! multiply-adds in the order of the depth, whatever tile it is in: its bits depend on nothing else.
+//!
+//! On a matrix unit (`gemm/amx.rs`) all this is different: both sides are split into tiles of their own, the
+//! right one early where it is kept.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;

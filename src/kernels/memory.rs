@@ -19,6 +19,9 @@ unsafe impl Sync for Buffer {}
 /// Large pages begin at multiples of this, and blocks of at least as much do too.
 const LARGE_PAGE: usize = 2 << 20;
 
+/// Values of a large page.
+pub const LARGE_PAGE_VALUES: usize = LARGE_PAGE / size_of::<f32>();
+
 /// Values that a core's second-level cache holds, as the processor tells; else as small ones are: 512 KiB.
 pub fn second_level_values() -> usize {
     static VALUES: OnceLock<usize> = OnceLock::new();
@@ -215,7 +218,7 @@ pub struct Block {
 }
 
 /// Values of a chunk, unless a block is larger.
-const CHUNK: usize = 4 * LARGE_PAGE / size_of::<f32>();
+const CHUNK: usize = 4 * LARGE_PAGE_VALUES;
 
 impl Slab {
     /// Values in all blocks so far.

@@ -9,6 +9,7 @@
 //! # Which kernel for what
 //! - [`gemm`]: products, that is linear layers, pointwise convolutions, and all others that have
 //!   no kernel of their own.
+//! - `amx`: what a product on a matrix unit is made of, for [`gemm`] and [`transposed`].
 //! - [`winograd`]: 3x3 convolutions of stride 1, with fewer multiplications and other digits.
 //! - [`depthwise`]: one channel a group; [`grouped`]: four or eight; [`grouped_strip`]: eight or
 //!   sixteen.
@@ -23,7 +24,8 @@
 //!
 //! # Instruction sets
 //! Kernels are written once, over [`pulp`]'s vectors, or as plain loops that the compiler turns
-//! into vectors; [`Isa`] picks the best that the machine has.
+//! into vectors; [`Isa`] picks the best that the machine has. Products have a second form for matrix
+//! units, which [`Isa::for_product`] chooses by a layer's shape.
 //!
 //! # Safety
 //! Kernels read and write through pointers, since several threads write disjoint parts of one

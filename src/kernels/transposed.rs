@@ -6,7 +6,8 @@
 //! A tile of six by sixteen outputs (eight by forty-eight, with vectors of sixteen) stays in registers
 //! while the rows of a chunk pass; chunks are such that a panel of the right side, or three, stay in the
 //! first-level cache. Each output is a sum over
-//! chunks of chains of fused multiply-adds, in the order of the rows.
+//! chunks of chains of fused multiply-adds, in the order of the rows. On a matrix unit, where it is worth
+//! feeding, the same panels become other tiles: `transposed/amx.rs`.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;

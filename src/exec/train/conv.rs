@@ -184,7 +184,8 @@ pub(super) struct Phase {
 }
 
 /// A product whose depth is divided: a chain of a thousand additions loses more digits than the
-/// sum of four chains of a quarter, and what PyTorch's libraries do is as good.
+/// sum of four chains of a quarter, and what PyTorch's libraries do is as good. A matrix unit's is whole: its
+/// sums are not such chains.
 pub(super) struct Product {
     /// Values behind each tap.
     run: usize,
@@ -221,7 +222,6 @@ impl Product {
     fn new(isa: Isa, rows: usize, [runs, run]: [usize; 2], columns: usize) -> Self {
         let isa = isa.for_product(rows, [runs, run], columns);
         if isa.has_matrix_unit() {
-            // Which sums 32 products at a time.
             let packed = Packed::borrowing_runs(isa, [runs, run], columns);
             let together = vec![vec![Part { start: 0, packed }]];
             return Self { run, together };

@@ -1,8 +1,10 @@
 //! [`gemm`](super::gemm) on matrix units, see [`crate::kernels::amx`].
 //!
-//! Both sides are split right before they are multiplied, some of the depth at a time, so that the
-//! second-level cache holds what they become: the left side once for all columns, two tiles of columns once
-//! for all rows. Each run of values behind a tap is filled up to whole vectors with zeros.
+//! The left side is split right before it is multiplied, some of the depth at a time, so that the second-level
+//! cache holds what it becomes while all columns pass. Where there are several such parts of the depth, sums
+//! wait in memory for the next. The right side is split once, if it is kept ([`Packed::is_split`]): by column of
+//! tiles, all steps of the depth one after the other. Else two columns of tiles are split at a time, for all
+//! rows. Each run of values behind a tap is filled up to whole vectors with zeros.
 
 use std::arch::x86_64::*;
 use std::cell::RefCell;
@@ -11,18 +13,17 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::{Packed, Panel, Product};
-use crate::kernels::amx::{SIDE, SUMS, SUMS_WIDTH, Soon, TILE, Tiles, Unit, split, turned};
+use crate::kernels::amx::{
+    SIDE, SUMS, SUMS_WIDTH, Soon, TILE, Tiles, Unit, split, turned, with_memory,
+};
 use crate::kernels::elementwise;
 use crate::kernels::isa::{load, prefetch, prefetch_far, store};
-use crate::kernels::memory::Buffer;
 
-/// Steps of which both sides are split at a time: a tile has 72 KiB then.
+/// Steps of which the left side is split at a time: a tile has 72 KiB then.
 const STEPS: usize = 24;
 
 #[derive(Default)]
 struct Scratch {
-    /// Split sides and sums.
-    memory: Buffer,
     depth: Vec<Depth>,
     columns: Vec<Columns>,
 }
@@ -190,7 +191,7 @@ impl Product<'_> {
             for block in 0..blocks {
                 let rows = block * count / blocks..(block + 1) * count / blocks;
                 // SAFETY: as the caller promises.
-                unsafe { self.block(rows, scratch) };
+                unsafe { self.block(rows, &scratch.depth, &scratch.columns) };
             }
         });
     }
@@ -214,88 +215,64 @@ impl Product<'_> {
         columns.extend(self.panels.iter().flat_map(of_panel));
     }
 
+    /// The product of some rows with all columns.
+    ///
     /// # Safety
     /// As [`Product::on_matrix_unit`].
-    unsafe fn block(&self, rows: Range<usize>, scratch: &mut Scratch) {
+    unsafe fn block(&self, rows: Range<usize>, depth: &[Depth], columns: &[Columns]) {
         if rows.is_empty() {
             return;
         }
-        let Scratch {
-            memory,
-            depth: vectors,
-            columns: all_columns,
-        } = scratch;
-        let is_split = self.packed.split.is_some();
-        let steps = vectors.len() / 2;
+        let all_steps = depth.len() / 2;
         // Parts of the depth, as equal as can be.
-        let parts = steps.div_ceil(STEPS);
-        let longest = steps.div_ceil(parts);
+        let parts = all_steps.div_ceil(STEPS);
+        let longest = all_steps.div_ceil(parts);
         let left_tiles = rows.len().div_ceil(SIDE);
         let tile_rows = rows.len().div_ceil(left_tiles);
-        let pairs = all_columns.len().div_ceil(2);
         let blocks = left_tiles.div_ceil(2);
         // Sums of all the block wait for the next part of the depth, where there is one.
-        let kept = if parts > 1 { pairs * blocks } else { 1 };
-        let right_tiles = if is_split { 0 } else { 2 };
+        let kept = match parts {
+            1 => 1,
+            _ => columns.len().div_ceil(2) * blocks,
+        };
+        let right_tiles = if self.packed.is_split() { 0 } else { 2 };
         let [left_len, right_len] = [left_tiles, right_tiles].map(|tiles| tiles * longest * TILE);
-        memory.reserve((left_len + right_len + kept * SUMS).max(1 << 19));
-        let left = memory.pointer().cast::<u32>();
         let unit = Unit::new(tile_rows);
-        let all_values = self.packed.pointer();
-        // SAFETY: parts of the scratch; the rest is the contract of `gemm`.
-        unsafe {
-            let scratch_right = left.add(left_len);
-            let all_sums = scratch_right.add(right_len).cast::<f32>();
+        with_memory(left_len + right_len + kept * SUMS, |memory| {
+            let left = memory.cast::<u32>();
+            let scratch_right = left.wrapping_add(left_len);
+            let all_sums = memory.wrapping_add(left_len + right_len);
             for part in 0..parts {
-                let first = part * steps / parts;
-                let depth = &vectors[2 * first..2 * ((part + 1) * steps / parts)];
-                let (all_steps, steps, last) = (steps, depth.len() / 2, part + 1 == parts);
+                let first = part * all_steps / parts;
+                let depth = &depth[2 * first..2 * ((part + 1) * all_steps / parts)];
+                let steps = depth.len() / 2;
                 let apart = steps * TILE;
                 for (tile, start) in rows.clone().step_by(tile_rows).enumerate() {
                     let end = rows.end.min(start + tile_rows);
                     for (row, input) in self.rows.inputs[start..end].iter().enumerate() {
-                        split_row(*input, depth, left.add(tile * apart + row * SIDE));
+                        let to = left.wrapping_add(tile * apart + row * SIDE);
+                        // SAFETY: a row of a tile in the memory; the rest is the contract of `gemm`.
+                        unsafe { split_row(*input, depth, to) };
                     }
                 }
-                for (pair, columns) in all_columns.chunks(2).enumerate() {
-                    let mut right = Tiles {
-                        count: columns.len(),
-                        first: scratch_right,
-                        apart,
-                    };
-                    let mut soon = Soon {
-                        at: std::ptr::null(),
-                        lines: 0,
-                    };
-                    let next = all_columns.get(2 * pair + 2);
-                    if is_split {
-                        let place = |of: &Columns| all_values.add(of.offset + first * TILE);
-                        right.first = place(&columns[0]).cast();
-                        right.apart = all_steps * TILE;
-                        if let Some(next) = next {
-                            soon.at = place(next);
-                            soon.lines = (right.count * TILE / SIDE).div_ceil(blocks);
-                        }
-                    } else {
-                        let place =
-                            |of: &Columns| all_values.add(of.offset + depth[0].right * of.apart);
-                        for (tile, of) in columns.iter().enumerate() {
-                            let from = all_values.add(of.offset);
-                            split_columns(from, of.apart, depth, scratch_right.add(tile * apart));
-                        }
-                        if let Some(next) = next {
-                            soon.at = place(next);
-                            soon.lines = (2 * next.apart).div_ceil(blocks);
-                        }
-                    }
+                for (pair, pair_columns) in columns.chunks(2).enumerate() {
+                    let next = columns.get(2 * pair + 2);
+                    // SAFETY: the panels have those columns, and the memory room for two of their tiles.
+                    let right = unsafe { self.right(pair_columns, first, depth, scratch_right) };
                     for block in 0..blocks {
-                        let tiles = (left_tiles - 2 * block).min(2);
-                        let sums = if parts > 1 { pair * blocks + block } else { 0 };
-                        let sums = all_sums.add(sums * SUMS);
+                        let place = if parts > 1 { pair * blocks + block } else { 0 };
+                        let sums = all_sums.wrapping_add(place * SUMS);
                         let start = rows.start + 2 * block * tile_rows;
-                        let rows = start..rows.end.min(start + tiles * tile_rows);
+                        let count = (left_tiles - 2 * block).min(2);
+                        let rows = start..rows.end.min(start + count * tile_rows);
+                        let left = Tiles {
+                            count,
+                            first: left.wrapping_add(2 * block * apart),
+                            apart,
+                        };
+                        let last = part + 1 == parts;
                         if last {
-                            self.prefetch_ends(rows.clone(), columns);
+                            self.prefetch_ends(rows.clone(), pair_columns);
                         }
                         if part > 0 {
                             // The next block's.
@@ -303,17 +280,15 @@ impl Product<'_> {
                                 prefetch_far(sums.wrapping_add(SUMS + line * SIDE));
                             }
                         }
-                        let left = Tiles {
-                            count: tiles,
-                            first: left.add(2 * block * apart),
-                            apart,
-                        };
-                        unit.multiply(left, right, steps, sums, part > 0, soon);
-                        soon.at = soon.at.wrapping_add(steps * soon.lines * SIDE);
+                        let soon = next.map_or(Soon::NOTHING, |next| {
+                            self.soon(next, first, depth, [block, blocks])
+                        });
+                        // SAFETY: tiles of both sides with so many steps, and a block of the memory.
+                        unsafe { unit.multiply(left, right, steps, sums, part > 0, soon) };
                         if last {
                             self.packed.isa.dispatch(Finish {
                                 product: self,
-                                columns,
+                                columns: pair_columns,
                                 rows,
                                 tile_rows,
                                 sums,
@@ -322,6 +297,64 @@ impl Product<'_> {
                     }
                 }
             }
+        });
+    }
+
+    /// Tiles of some columns for a part of the depth, which begins with step `first`: where they are kept, or
+    /// split to `memory`.
+    ///
+    /// # Safety
+    /// The panels have those columns; behind `memory` is room for their tiles, if they are to be split.
+    unsafe fn right(
+        &self,
+        columns: &[Columns],
+        first: usize,
+        depth: &[Depth],
+        memory: *mut u32,
+    ) -> Tiles {
+        let values = self.packed.pointer();
+        if let Some(run) = self.packed.split {
+            let place = values.wrapping_add(columns[0].offset + first * TILE);
+            return Tiles {
+                count: columns.len(),
+                first: place.cast(),
+                apart: super::split_len(self.packed.depth, run),
+            };
+        }
+        let apart = depth.len() / 2 * TILE;
+        for (tile, of) in columns.iter().enumerate() {
+            let from = values.wrapping_add(of.offset);
+            // SAFETY: as the caller promises.
+            unsafe { split_columns(from, of.apart, depth, memory.add(tile * apart)) };
+        }
+        Tiles {
+            count: columns.len(),
+            first: memory,
+            apart,
+        }
+    }
+
+    /// What one of the blocks before the columns `next` asks for: its share of what lies there.
+    fn soon(
+        &self,
+        next: &Columns,
+        first: usize,
+        depth: &[Depth],
+        [block, blocks]: [usize; 2],
+    ) -> Soon {
+        // Values of a step, of both columns.
+        let (start, step) = match self.packed.split {
+            Some(_) => (next.offset + first * TILE, 2 * TILE),
+            None => {
+                let start = next.offset + depth[0].right * next.apart;
+                (start, 2 * SIDE * next.apart)
+            }
+        };
+        let lines = (step / SIDE).div_ceil(blocks);
+        let start = start + block * depth.len() / 2 * lines * SIDE;
+        Soon {
+            at: self.packed.pointer().wrapping_add(start),
+            lines,
         }
     }
 

@@ -4,12 +4,12 @@
 //! right side at a time. Each chunk has sums of its own, which are added up.
 
 use std::arch::x86_64::*;
-use std::cell::RefCell;
 use std::ops::Range;
 
 use super::{PANEL, Panels, Product};
-use crate::kernels::amx::{SIDE, SUMS, SUMS_WIDTH, Soon, TILE, Tiles, Unit, split, turned};
-use crate::kernels::memory::Buffer;
+use crate::kernels::amx::{
+    SIDE, SUMS, SUMS_WIDTH, Soon, TILE, Tiles, Unit, split, turned, with_memory,
+};
 
 /// Rows of a step.
 const STEP: usize = 2 * SIDE;
@@ -17,11 +17,6 @@ const STEP: usize = 2 * SIDE;
 const CHUNK: usize = 16 * STEP;
 /// Panels of the left side that are split at once: 768 KiB with so many rows.
 const PANELS: usize = 16;
-
-thread_local! {
-    /// Each thread's split sides and sums, kept from product to product.
-    static SCRATCH: RefCell<Buffer> = RefCell::default();
-}
 
 impl Product {
     /// Whether a matrix unit is worth feeding.
@@ -37,16 +32,15 @@ impl Product {
         assert!(self.k.start.is_multiple_of(PANEL));
         let unit = Unit::new(SIDE);
         let chunks = self.rows.div_ceil(CHUNK);
-        SCRATCH.with_borrow_mut(|scratch| {
-            let steps = self.rows.div_ceil(chunks).div_ceil(STEP);
-            scratch.reserve((PANELS + 2) * steps * TILE + SUMS);
+        let steps = self.rows.div_ceil(chunks).div_ceil(STEP);
+        with_memory((PANELS + 2) * steps * TILE + SUMS, |scratch| {
             for start in self.k.clone().step_by(PANELS * PANEL) {
                 let k = start..self.k.end.min(start + PANELS * PANEL);
                 for chunk in 0..chunks {
                     let rows = chunk * self.rows / chunks..(chunk + 1) * self.rows / chunks;
                     let add = self.add || chunk > 0;
                     // SAFETY: as the caller promises.
-                    unsafe { self.chunk(&unit, rows, k.clone(), add, scratch.pointer()) };
+                    unsafe { self.chunk(&unit, rows, k.clone(), add, scratch) };
                 }
             }
         });
