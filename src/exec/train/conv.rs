@@ -379,8 +379,13 @@ const CACHED_WEIGHTS: usize = 256 << 10;
 /// cost less than the products that they save: sixteen images of 7 x 7 pixels are not enough.
 const WINOGRAD_PIXELS: usize = 800;
 const WINOGRAD_VALUES: usize = 128 << 10;
-/// Rows of a weight gradient that a task computes from panels.
-const PART_ROWS: usize = 16 * PANEL;
+/// Rows of a weight gradient with so many that a task computes from panels: many, since a matrix unit splits the
+/// other side for each task anew, but enough tasks for several threads.
+fn part_rows(rows: usize) -> usize {
+    const MOST: usize = 16 * PANEL;
+    const TASKS: usize = 8;
+    if rows >= TASKS * MOST { MOST } else { MOST / 2 }
+}
 
 #[derive(Default)]
 struct Scratch {
@@ -1697,8 +1702,9 @@ impl Layer {
         let (a, z) = (panels(a), panels(z));
         let mut gradient = in_large_pages(outputs * inputs);
         let to = Shared(gradient.as_mut_ptr());
-        memory.pool.run(outputs.div_ceil(PART_ROWS), |task| {
-            let part = task * PART_ROWS..((task + 1) * PART_ROWS).min(outputs);
+        let each = part_rows(outputs);
+        memory.pool.run(outputs.div_ceil(each), |task| {
+            let part = task * each..((task + 1) * each).min(outputs);
             // SAFETY: the panels have been filled; the part's rows of the gradient are the task's.
             unsafe {
                 let out = to.get();
@@ -1732,10 +1738,11 @@ impl Layer {
         let pixels = self.all_product_rows();
         let stride = pixels * PANEL;
         let leading = padded(shape.outputs);
-        let parts = shape.depth.div_ceil(PART_ROWS);
+        let each = part_rows(shape.depth);
+        let parts = shape.depth.div_ceil(each);
         memory.pool.run(shape.groups * parts, |task| {
             let (group, part) = (task / parts, task % parts);
-            let k = part * PART_ROWS..((part + 1) * PART_ROWS).min(shape.depth);
+            let k = part * each..((part + 1) * each).min(shape.depth);
             // SAFETY: the panels have been filled; the part's rows of the sums are the task's.
             unsafe {
                 let panels = |value: ValueId, apart: usize| Panels {

@@ -19,7 +19,7 @@ const CHUNK: usize = 16 * STEP;
 const PANELS: usize = 16;
 
 impl Product {
-    /// Whether a matrix unit is worth feeding.
+    /// Whether a matrix unit is worth feeding: what is split has to be used often.
     pub(super) fn suits_matrix_unit(&self) -> bool {
         self.rows >= STEP && self.k.len() >= 8 * SIDE && self.n.len() >= 8 * SIDE
     }
