@@ -361,3 +361,53 @@ pub fn turned(rows: [__m512; SIDE]) -> [__m512; SIDE] {
     }
     columns
 }
+
+/// Memory that ends where none may be touched: what reads or writes behind it is killed. Checkers of memory do
+/// not know these instructions.
+#[cfg(all(test, unix))]
+pub mod guarded {
+    /// Values before a page that nobody may touch.
+    pub struct Guarded {
+        block: *mut libc::c_void,
+        len: usize,
+        values: *mut [f32],
+    }
+
+    const PAGE: usize = 64 << 10;
+
+    impl Guarded {
+        pub fn new(values: &[f32]) -> Self {
+            let bytes = size_of_val(values);
+            let len = bytes.next_multiple_of(PAGE) + PAGE;
+            // SAFETY: a block of its own, of which the last page is taken away; values lie before it.
+            unsafe {
+                let access = libc::PROT_READ | libc::PROT_WRITE;
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+                let block = libc::mmap(std::ptr::null_mut(), len, access, flags, -1, 0);
+                assert_ne!(block, libc::MAP_FAILED);
+                let guard = block.add(len - PAGE);
+                assert_eq!(libc::mprotect(guard, PAGE, libc::PROT_NONE), 0);
+                let start = guard.sub(bytes).cast::<f32>();
+                start.copy_from_nonoverlapping(values.as_ptr(), values.len());
+                let values = std::ptr::slice_from_raw_parts_mut(start, values.len());
+                Self { block, len, values }
+            }
+        }
+
+        pub fn pointer(&self) -> *mut f32 {
+            self.values.cast()
+        }
+
+        pub fn values(&mut self) -> &mut [f32] {
+            // SAFETY: values of the block, which is this one's own.
+            unsafe { &mut *self.values }
+        }
+    }
+
+    impl Drop for Guarded {
+        fn drop(&mut self) {
+            // SAFETY: mapped with this length.
+            unsafe { libc::munmap(self.block, self.len) };
+        }
+    }
+}

@@ -601,4 +601,49 @@ mod tests {
             }
         }
     }
+
+    #[cfg(unix)]
+    #[test]
+    fn nothing_is_touched_behind_rows_outputs_and_tiles() {
+        use crate::kernels::amx::guarded::Guarded;
+
+        let isa = Isa::detect();
+        if !isa.has_matrix_unit() {
+            return; // another processor
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(2);
+        for case in 0..100 {
+            let [rows, columns, depth] = [80, 100, 500].map(|most| rng.random_range(1..most));
+            let matrix = random(&mut rng, columns * depth);
+            let lent = Packed::borrowing_runs(isa, [1, depth], columns);
+            let tiles = Guarded::new(&vec![f32::NAN; lent.values_len()]);
+            lent.lend(tiles.pointer());
+            let mut weights = Guarded::new(&matrix);
+            for transposed in [false, true] {
+                let panels = 0..lent.panel_count();
+                // SAFETY: memory of so many values.
+                unsafe { lent.set_lent_matrix(panels, weights.values(), transposed) };
+            }
+            let left = random(&mut rng, rows * depth);
+            let expected = product(&lent, &left, rows);
+            let left = Guarded::new(&left);
+            let residual = Guarded::new(&vec![0.0; rows * columns]);
+            let mut out = Guarded::new(&vec![f32::NAN; rows * columns]);
+            let mut of = Rows::new();
+            for row in 0..rows {
+                let at = row * columns;
+                let residual = residual.pointer().wrapping_add(at).cast_const();
+                let left = left.pointer().wrapping_add(row * depth);
+                of.push(left, out.pointer().wrapping_add(at), Some(residual));
+            }
+            let mut bias = Guarded::new(&vec![0.0; columns]);
+            let nothing = Epilogue {
+                bias: bias.values(),
+                activation: None,
+            };
+            // SAFETY: rows of so many values.
+            unsafe { gemm(&lent, 0..lent.panel_count(), &of, &[0], nothing) };
+            assert!(out.values() == expected, "case {case}");
+        }
+    }
 }

@@ -183,3 +183,54 @@ unsafe fn split_turned(from: *const f32, rows: usize, to: *mut u32) {
         }
     }
 }
+
+#[cfg(all(test, unix))]
+mod tests {
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::super::product;
+    use super::*;
+    use crate::kernels::Isa;
+    use crate::kernels::amx::guarded::Guarded;
+
+    #[test]
+    fn products_are_those_of_vectors_and_nothing_is_touched_behind_them() {
+        let isa = Isa::detect();
+        if !isa.has_matrix_unit() {
+            return; // another processor
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(0);
+        for case in 0..40 {
+            let rows = rng.random_range(STEP..1200);
+            let [k, n] = [0; 2].map(|_| rng.random_range(8 * SIDE..24 * SIDE));
+            let mut panels = |columns: usize| {
+                let count = columns.div_ceil(PANEL) * PANEL * rows;
+                let values: Vec<f32> = (0..count).map(|_| rng.random_range(-1.0..1.0)).collect();
+                Guarded::new(&values)
+            };
+            let (a, z) = (panels(k), panels(n));
+            let side = |of: &Guarded| Panels {
+                pointer: of.pointer(),
+                stride: rows * PANEL,
+            };
+            let leading = n.next_multiple_of(PANEL);
+            let results = [isa, isa.vectors_only()].map(|isa| {
+                let mut out = Guarded::new(&vec![1.0; k * leading]);
+                let (a, z, add) = (side(&a), side(&z), case % 2 == 0);
+                let to = out.pointer();
+                // SAFETY: panels of so many rows and columns, and an output for them.
+                unsafe { product(isa, a, z, rows, 0..k, 0..n, to, leading, add) };
+                out.values().to_vec()
+            });
+            // Each sum is rounded for every product at most.
+            let tolerance = rows as f32 * f32::EPSILON;
+            for (unit, vectors) in results[0].iter().zip(&results[1]) {
+                assert!(
+                    (unit - vectors).abs() <= tolerance,
+                    "case {case}: {unit}, {vectors}"
+                );
+            }
+        }
+    }
+}
