@@ -202,9 +202,8 @@ fn compare_graphs(
     let (error, worst_name) = worst(&actual.gradients, &expected.gradients);
     let (buffers, buffer_name) = worst(&actual.buffers, &expected.buffers);
     assert!(logits < forward, "{name}: logits {logits}");
-    // A digit that decides is as good on one side as on the other: candle's own error in float32 is allowed,
-    // twice, where that is the larger.
-    let backward = if error > backward {
+    // The device sums as candle does, so it is held to candle's own error where that is the larger.
+    let backward = if way == Way::Cuda && error > backward {
         2.0 * worst(&eager(DType::F32).gradients, &expected.gradients).0
     } else {
         backward
@@ -280,10 +279,17 @@ fn frozen_stages(way: Way) {
         [64, 64],
         &["bn1", "layer1.0.bn", "layer2.0.conv1"],
     );
+    // Without corners, so that no digit decides over a gradient.
+    let graph = registry::find("mobilenet_v2").unwrap();
+    let graph = graph.row.architecture.graph(7);
+    let graph = graph.with_activations(Activation::Gelu);
     let blocks: Vec<String> = (0..16).map(|i| format!("features.{i}.")).collect();
-    let blocks: Vec<&str> = blocks.iter().map(String::as_str).collect();
+    let frozen = graph.parameters().map(|p| p.name.clone());
+    let frozen = frozen.filter(|name| blocks.iter().any(|block| name.starts_with(block)));
+    let frozen = frozen.collect();
     // Larger maps: norms over a dozen values lose digits.
-    compare(way, "mobilenet_v2", 4, [128, 96], &blocks);
+    let size = [128, 96];
+    compare_graphs(way, "mobilenet_v2", &graph, 4, size, &frozen, [1e-4, 2e-3]);
     let first = [
         "class_token",
         "conv_proj",

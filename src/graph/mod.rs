@@ -123,6 +123,17 @@ impl Graph {
         self
     }
 
+    /// The same with another activation in the place of each.
+    #[cfg(test)]
+    pub fn with_activations(mut self, activation: Activation) -> Self {
+        for node in &mut self.nodes {
+            if let Op::Activation(of) = &mut node.op {
+                *of = activation;
+            }
+        }
+        self
+    }
+
     /// Number of classes that the head tells apart.
     pub fn num_classes(&self) -> usize {
         match self.head().op {
