@@ -150,12 +150,16 @@ fn compare(way: Way, name: &str, count: usize, size: [usize; 2], frozen: &[&str]
     // images the same networks are 1e-5 or 5e-2 off. Networks without corners are held to less in
     // `operations_of_random_shapes`.
     let gradients = 2e-2;
-    let frozen: BTreeSet<String> = graph
-        .parameters()
-        .map(|p| p.name.clone())
-        .filter(|n| frozen.iter().any(|f| n.starts_with(f)))
-        .collect();
+    let frozen = parameters_of(&graph, frozen);
     compare_graphs(way, name, &graph, count, size, &frozen, [1e-4, gradients]);
+}
+
+/// Names of the parameters that begin with one of these.
+fn parameters_of(graph: &Graph, parts: &[&str]) -> BTreeSet<String> {
+    let names = graph.parameters().map(|p| p.name.clone());
+    names
+        .filter(|n| parts.iter().any(|part| n.starts_with(part)))
+        .collect()
 }
 
 /// Names of all that belongs to batch norms.
@@ -284,9 +288,8 @@ fn frozen_stages(way: Way) {
     let graph = graph.row.architecture.graph(7);
     let graph = graph.with_activations(Activation::Gelu);
     let blocks: Vec<String> = (0..16).map(|i| format!("features.{i}.")).collect();
-    let frozen = graph.parameters().map(|p| p.name.clone());
-    let frozen = frozen.filter(|name| blocks.iter().any(|block| name.starts_with(block)));
-    let frozen = frozen.collect();
+    let blocks: Vec<&str> = blocks.iter().map(String::as_str).collect();
+    let frozen = parameters_of(&graph, &blocks);
     // Larger maps: norms over a dozen values lose digits.
     let size = [128, 96];
     compare_graphs(way, "mobilenet_v2", &graph, 4, size, &frozen, [1e-4, 2e-3]);
