@@ -35,6 +35,8 @@ pub struct Packed {
     depth: usize,
     /// Values are those of tiles for a matrix unit, for a left side with runs of so many values.
     split: Option<usize>,
+    /// Each tap has a chain of additions of its own, and the chains are added up.
+    chains: bool,
 }
 
 enum Values {
@@ -117,6 +119,7 @@ impl Packed {
             values: Values::Own(values),
             depth,
             split: None,
+            chains: false,
         }
     }
 
@@ -150,6 +153,7 @@ impl Packed {
             values: Values::Lent(AtomicPtr::default()),
             depth: rows.len(),
             split: None,
+            chains: false,
         }
     }
 
@@ -159,6 +163,15 @@ impl Packed {
         Self {
             values: Values::Lent(AtomicPtr::default()),
             ..Self::unfilled(isa, [taps, run], columns)
+        }
+    }
+
+    /// The same product with a sum for each tap, which are added up: short chains of additions lose fewer
+    /// digits. A matrix unit's sums are not such chains, and stay as they are.
+    pub fn in_chains(self) -> Self {
+        Self {
+            chains: true,
+            ..self
         }
     }
 
@@ -296,6 +309,7 @@ impl Packed {
             values: Values::Stored(Arc::default()),
             depth,
             split,
+            chains: false,
         }
     }
 
@@ -313,6 +327,7 @@ impl Packed {
             values: Values::Stored(block.clone()),
             depth: self.depth,
             split: self.split,
+            chains: self.chains,
         }
     }
 
@@ -736,17 +751,9 @@ impl WithSimd for Product<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        for panel in self.panels {
-            // SAFETY: the contract of `gemm`.
-            unsafe {
-                match (panel.vectors, S::F32_LANES) {
-                    (1, _) => self.narrow_panel(simd, panel),
-                    (2, 16) => self.tall_panel(simd, panel),
-                    (2, _) => self.panel(simd, panel),
-                    (_, 16) => self.tall_wide_panel(simd, panel),
-                    (_, _) => self.wide_panel(simd, panel),
-                }
-            }
+        match self.packed.chains {
+            false => self.multiply::<S, false>(simd),
+            true => self.multiply::<S, true>(simd),
         }
     }
 }
@@ -764,14 +771,16 @@ pub(super) fn tiles(count: usize, most: usize) -> [(usize, usize); 2] {
 macro_rules! panel_in_tiles {
     ($name:ident, $vectors:literal, most $most:literal, $($top:literal + $below:literal)*) => {
         #[inline(always)]
-        unsafe fn $name<S: Simd>(&self, simd: S, panel: &Panel) {
+        unsafe fn $name<S: Simd, const CHAINS: bool>(&self, simd: S, panel: &Panel) {
             let mut row = 0;
             let mut next = self.next::<S>(panel, self.rows.inputs.len().div_ceil($most));
             for (size, times) in tiles(self.rows.inputs.len(), $most) {
                 match size {
                     $(size if size == $top + $below => for _ in 0..times {
                         // SAFETY: tiles cover the rows; the rest is the contract of `gemm`.
-                        unsafe { self.tile::<S, $top, $below, $vectors>(simd, panel, row, &mut next) };
+                        unsafe {
+                            self.tile::<S, $top, $below, $vectors, CHAINS>(simd, panel, row, &mut next);
+                        }
                         row += $top + $below;
                     },)*
                     _ => {}
@@ -782,6 +791,22 @@ macro_rules! panel_in_tiles {
 }
 
 impl Product<'_> {
+    #[inline(always)]
+    fn multiply<S: Simd, const CHAINS: bool>(&self, simd: S) {
+        for panel in self.panels {
+            // SAFETY: the contract of `gemm`.
+            unsafe {
+                match (panel.vectors, S::F32_LANES) {
+                    (1, _) => self.narrow_panel::<S, CHAINS>(simd, panel),
+                    (2, 16) => self.tall_panel::<S, CHAINS>(simd, panel),
+                    (2, _) => self.panel::<S, CHAINS>(simd, panel),
+                    (_, 16) => self.tall_wide_panel::<S, CHAINS>(simd, panel),
+                    (_, _) => self.wide_panel::<S, CHAINS>(simd, panel),
+                }
+            }
+        }
+    }
+
     panel_in_tiles!(narrow_panel, 1, most 12,
         1 + 0 2 + 0 3 + 0 4 + 0 5 + 0 6 + 0 6 + 1 6 + 2 6 + 3 6 + 4 6 + 5 6 + 6);
     panel_in_tiles!(panel, 2, most 6, 1 + 0 2 + 0 3 + 0 4 + 0 5 + 0 6 + 0);
@@ -795,7 +820,13 @@ impl Product<'_> {
     /// `TOP` rows and `BELOW` more: in two parts, since the compiler leaves long loops over sums as they are,
     /// and then keeps no sum in a register.
     #[inline(always)]
-    unsafe fn tile<S: Simd, const TOP: usize, const BELOW: usize, const NV: usize>(
+    unsafe fn tile<
+        S: Simd,
+        const TOP: usize,
+        const BELOW: usize,
+        const NV: usize,
+        const CHAINS: bool,
+    >(
         &self,
         simd: S,
         panel: &Panel,
@@ -811,9 +842,17 @@ impl Product<'_> {
             let bias = self.bias::<S, NV>(simd, panel);
             let mut top = [bias; TOP];
             let mut below = [bias; BELOW];
+            let zeros = [simd.splat_f32s(0.0); NV];
+            // Sums of the chains before the one that goes on.
+            let (mut ended_top, mut ended_below) = ([zeros; TOP], [zeros; BELOW]);
             let mut weights = self.packed.pointer().add(panel.offset);
             let inputs = self.rows.inputs.as_ptr().add(row);
-            for &tap in self.taps {
+            for (index, &tap) in self.taps.iter().enumerate() {
+                if CHAINS && index > 0 {
+                    add_tile(simd, &mut ended_top, &top);
+                    add_tile(simd, &mut ended_below, &below);
+                    (top, below) = ([zeros; TOP], [zeros; BELOW]);
+                }
                 let mut top_pixels = [std::ptr::null::<f32>(); TOP];
                 for (r, pixel) in top_pixels.iter_mut().enumerate() {
                     *pixel = (*inputs.add(r)).add(tap);
@@ -848,6 +887,10 @@ impl Product<'_> {
                         }
                     }
                 }
+            }
+            if CHAINS {
+                add_tile(simd, &mut top, &ended_top);
+                add_tile(simd, &mut below, &ended_below);
             }
             self.finish::<S, TOP, NV>(simd, panel, row, top);
             self.finish::<S, BELOW, NV>(simd, panel, row + TOP, below);
@@ -991,6 +1034,19 @@ impl Product<'_> {
                 }
                 std::ptr::copy_nonoverlapping(buffer.as_ptr(), output, panel.columns);
             }
+        }
+    }
+}
+
+#[inline(always)]
+fn add_tile<S: Simd, const MR: usize, const NV: usize>(
+    simd: S,
+    sums: &mut [[S::f32s; NV]; MR],
+    others: &[[S::f32s; NV]; MR],
+) {
+    for (sums, others) in sums.iter_mut().zip(others) {
+        for (sum, other) in sums.iter_mut().zip(others) {
+            *sum = simd.add_f32s(*sum, *other);
         }
     }
 }

@@ -32,7 +32,7 @@ pub struct Winograd {
 pub const LINE: usize = 16;
 
 /// Values from a frequency of so many tiles to the next.
-pub(super) fn apart(tiles: usize, channels: usize) -> usize {
+pub fn apart(tiles: usize, channels: usize) -> usize {
     tiles * channels + LINE
 }
 

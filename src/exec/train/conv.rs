@@ -16,13 +16,16 @@ use std::ops::Range;
 use super::values::{
     Destination, Feed, Memory, NormId, OutputGradient, ParameterId, Shared, Strip, ValueId,
 };
+use super::wide::{self, Wide};
 use crate::graph::{Activation, Conv2d};
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::{Epilogue, Packed, Rows, gemm};
-use crate::kernels::memory::in_large_pages;
+use crate::kernels::memory::{Buffer, LARGE_PAGE_VALUES, in_large_pages};
 use crate::kernels::transposed::{self, PANEL, Panels, pack_row, padded};
 use crate::kernels::winograd::LINE;
-use crate::kernels::winograd_training::{self, Frequencies, Side, TilePanels, TileSums, Tiles};
+use crate::kernels::winograd_training::{
+    self, Frequencies, Kernels, Side, TilePanels, TileSums, Tiles,
+};
 use crate::kernels::{
     Dims, Isa, Layout, Source, Target, Window, depthwise_gradient, prefetch, prefetch_far, rowwise,
 };
@@ -115,15 +118,25 @@ pub(super) enum Weights {
         groups: Vec<Product>,
         place: ValueId,
     },
-    /// For tiles of four, transformed right before they are used.
+    /// For Winograd's tiles, transformed right before they are used.
     Winograd {
         frequencies: Frequencies,
+        place: ValueId,
+    },
+    /// For Winograd's tiles too, and transformed while they are used: the place is the tiles'.
+    Wide {
+        wide: Wide,
         place: ValueId,
     },
     Depthwise(Depthwise),
 }
 
 impl Weights {
+    /// Whether the convolution is one by Winograd's tiles.
+    fn in_tiles(&self) -> bool {
+        matches!(self, Self::Winograd { .. } | Self::Wide { .. })
+    }
+
     fn on_matrix_unit(&self) -> bool {
         matches!(self, Self::Dense { groups, .. } if groups[0].split().is_some())
     }
@@ -147,7 +160,7 @@ pub(super) enum WeightSums {
     Panels {
         a: ValueId,
         z: ValueId,
-        /// None where the product is the gradient as it is wanted ([`Layer::is_direct`]).
+        /// None where the product is the gradient as it is wanted ([`Layer::is_direct`]), and for tiles.
         sums: Option<ValueId>,
     },
 }
@@ -157,18 +170,22 @@ pub(super) struct InputGradient {
     pub phases: Vec<Phase>,
     /// Stride 1 depthwise: the convolution with the kernel turned round.
     pub turned: Option<Depthwise>,
-    /// Where the products of the phases, or the frequencies, are packed.
+    /// Where the products of the phases, or the frequencies, are packed; or transformed tiles, and what comes
+    /// out behind them.
     pub place: ValueId,
-    /// Winograd: weights for tiles of six.
+    /// Winograd: transformed weights, or those that never are all there.
     pub frequencies: Option<Frequencies>,
+    pub wide: Option<Wide>,
 }
 
 impl InputGradient {
-    /// Values of the packed weights.
-    pub fn packed_len(&self) -> usize {
+    /// Values of the place.
+    pub fn len(&self) -> usize {
+        let wide = |wide: &Wide| wide.panels_len() + wide.output_len();
         let frequencies = self.frequencies.as_ref().map_or(0, Frequencies::values_len);
         let products = self.phases.iter().flat_map(|phase| &phase.groups);
-        products.map(Product::len).sum::<usize>() + frequencies
+        let products = products.map(Product::len).sum::<usize>();
+        products + frequencies + self.wide.as_ref().map_or(0, wide)
     }
 }
 
@@ -375,9 +392,9 @@ const LANES: usize = 8;
 const STRIP_VALUES: usize = 64 << 10;
 /// Weights that the second-level cache holds.
 const CACHED_WEIGHTS: usize = 256 << 10;
-/// Pixels of a batch from which more weights than that, several times as many once they are transformed,
-/// cost less than the products that they save: sixteen images of 7 x 7 pixels are not enough.
-const WINOGRAD_PIXELS: usize = 800;
+/// Pixels of a batch from which more weights than that are worth transforming, and from which they had better be
+/// transformed once for all of them.
+const WIDE_PIXELS: Range<usize> = 150..1200;
 const WINOGRAD_VALUES: usize = 128 << 10;
 /// Rows of a weight gradient with so many that a task computes from panels: many, since a matrix unit splits the
 /// other side for each task anew, but enough tasks for several threads.
@@ -389,11 +406,11 @@ fn part_rows(rows: usize) -> usize {
 
 #[derive(Default)]
 struct Scratch {
-    input: Vec<f32>,
-    gradient: Vec<f32>,
-    result: Vec<f32>,
-    window_panels: Vec<f32>,
-    gradient_panels: Vec<f32>,
+    input: Buffer,
+    gradient: Buffer,
+    result: Buffer,
+    window_panels: Buffer,
+    gradient_panels: Buffer,
     line: Vec<f32>,
     rows: Rows,
 }
@@ -407,8 +424,8 @@ thread_local! {
 
 /// Scratch of a convolution by tiles.
 struct TileScratch<'a> {
-    panels: &'a mut Vec<f32>,
-    products: &'a mut Vec<f32>,
+    panels: &'a mut Buffer,
+    products: &'a mut Buffer,
     rows: &'a mut Rows,
 }
 
@@ -417,33 +434,33 @@ fn transform_weights(
     memory: &Memory,
     frequencies: &Frequencies,
     place: ValueId,
-    weight: &[f32],
+    (weight, inputs): (&[f32], usize),
     turned: bool,
 ) {
     // SAFETY: the value is this step's own.
     frequencies.lend(unsafe { memory.part(place, 0, frequencies.values_len()) });
+    let kernels = Kernels {
+        weight,
+        inputs,
+        turned,
+    };
     memory.pool.run(frequencies.parts(), |part| {
         // SAFETY: each part is one task's.
-        unsafe { frequencies.load(weight, turned, part) };
+        unsafe { frequencies.load(kernels, [0, 0], part) };
     });
 }
 
 /// Panels in scratch for so many tiles.
-fn tile_panels(scratch: &mut Vec<f32>, tiles: Tiles, channels: usize, count: usize) -> TilePanels {
-    let panel = count * PANEL;
-    let frequency = channels / PANEL * panel + LINE;
-    TilePanels {
-        pointer: room(scratch, tiles.frequencies() * frequency).as_mut_ptr(),
-        frequency,
-        panel,
-    }
+fn tile_panels(scratch: &mut Buffer, channels: usize, count: usize) -> TilePanels {
+    let place = room(scratch, TilePanels::len(channels, count));
+    TilePanels::new(place.as_mut_ptr(), channels, count)
 }
 
-fn room(values: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    if values.len() < len {
-        values.resize(len, 0.0);
-    }
-    &mut values[..len]
+/// So many values of scratch. It is made of large pages: small ones lie anywhere in memory, so that much less
+/// than a cache holds keeps throwing itself out of it.
+pub(super) fn room(values: &mut Buffer, len: usize) -> &mut [f32] {
+    values.reserve(len.next_multiple_of(LARGE_PAGE_VALUES));
+    values.write(0..len)
 }
 
 /// Shape of the weight sums: depth of a group, its outputs padded to panels. For Winograd's
@@ -506,7 +523,7 @@ impl Layer {
     /// The blocks of a batch, such that a block's strips stay in the cache.
     pub fn blocks(conv: &Conv2d, weights: &Weights, count: usize, output: Dims) -> Vec<Block> {
         let widest = conv.in_channels * conv.stride * conv.stride + conv.out_channels;
-        if matches!(weights, Weights::Winograd { .. }) {
+        if weights.in_tiles() {
             // More than fits: weights are read once a block, and are several times larger.
             let pixels = (WINOGRAD_VALUES / widest).clamp(128, 1024);
             return Block::divide(count, output, pixels, 4);
@@ -540,12 +557,12 @@ impl Layer {
     }
 
     fn is_winograd(&self) -> bool {
-        matches!(self.weights, Weights::Winograd { .. })
+        self.weights.in_tiles()
     }
 
-    /// Tiles of six rows over some rows of the output.
+    /// Tiles over some rows of the output.
     fn tiles(&self, rows: usize) -> Tiles {
-        Tiles::over(6, rows, self.output.w)
+        Tiles::over(rows, self.output.w)
     }
 
     /// Rows of a block in the product that gives the weights' gradient (tiles or pixels), and
@@ -591,7 +608,7 @@ impl Layer {
                 shape.groups * shape.windows_apart(rows),
                 shape.groups * shape.gradients_apart(rows),
             ],
-            (!self.is_direct()).then(|| shape.len()),
+            (!self.is_direct() && !self.is_winograd()).then(|| shape.len()),
         ))
     }
 
@@ -600,25 +617,30 @@ impl Layer {
         isa: Isa,
         conv: &Conv2d,
         window: Window,
-        pixels: usize,
+        (images, output): (usize, Dims),
         exact: bool,
     ) -> Weights {
         let [kh, kw] = conv.kernel;
+        let pixels = images * output.pixels();
         let winograd = !exact
             && conv.padding.is_same_size(3)
             && conv.kernel == [3, 3]
             && conv.stride == 1
             && conv.groups == 1
-            && (pixels >= WINOGRAD_PIXELS || conv.weights() <= CACHED_WEIGHTS)
             && conv.in_channels.min(conv.out_channels) >= 32
             && conv.in_channels.is_multiple_of(PANEL)
             && conv.out_channels.is_multiple_of(PANEL);
-        if winograd {
-            // Tiles of four: their digits are those of a direct sum, or better. Tiles of six are
-            // not so exact, and flip the sign of what is next to zero behind a ReLU.
-            let frequencies = Frequencies::new(isa, 4, conv.in_channels, conv.out_channels);
+        let many = conv.weights() > CACHED_WEIGHTS;
+        if winograd && many && WIDE_PIXELS.contains(&pixels) {
+            return Weights::Wide {
+                wide: Wide::new(isa, conv.in_channels, images, output, false),
+                place: 0,
+            };
+        }
+        if winograd && (!many || pixels >= WIDE_PIXELS.end) {
+            let channels = [conv.in_channels, conv.out_channels];
             return Weights::Winograd {
-                frequencies,
+                frequencies: Frequencies::new(isa, channels, true),
                 place: 0,
             };
         }
@@ -652,22 +674,33 @@ impl Layer {
         isa: Isa,
         conv: &Conv2d,
         weights: &Weights,
-        pixels: usize,
+        (images, input): (usize, Dims),
         destination: Destination,
     ) -> InputGradient {
-        if matches!(weights, Weights::Winograd { .. }) {
-            return InputGradient {
-                destination,
-                phases: Vec::new(),
-                turned: None,
-                place: 0,
-                frequencies: Some(Frequencies::new(
-                    isa,
-                    6,
-                    conv.out_channels,
-                    conv.in_channels,
-                )),
-            };
+        let pixels = images * input.pixels();
+        let empty = InputGradient {
+            destination,
+            phases: Vec::new(),
+            turned: None,
+            place: 0,
+            frequencies: None,
+            wide: None,
+        };
+        match weights {
+            Weights::Winograd { .. } => {
+                let channels = [conv.out_channels, conv.in_channels];
+                return InputGradient {
+                    frequencies: Some(Frequencies::new(isa, channels, false)),
+                    ..empty
+                };
+            }
+            Weights::Wide { .. } => {
+                return InputGradient {
+                    wide: Some(Wide::new(isa, conv.out_channels, images, input, true)),
+                    ..empty
+                };
+            }
+            Weights::Dense { .. } | Weights::Depthwise(_) => {}
         }
         let [kh, kw] = conv.kernel;
         let s = conv.stride;
@@ -704,11 +737,9 @@ impl Layer {
             weights: vec![0.0; kh * kw * conv.out_channels],
         });
         InputGradient {
-            destination,
             phases,
             turned,
-            place: 0,
-            frequencies: None,
+            ..empty
         }
     }
 
@@ -763,13 +794,33 @@ impl Layer {
         }
     }
 
-    /// Packs the products of the forward pass, which comes next.
+    /// Packs the products of the forward pass, which comes next. [`Weights::Wide`] are multiplied at once.
     pub fn pack_forward(&self, memory: &Memory, weight: &[f32]) {
         let (groups, place) = match &self.weights {
             Weights::Dense { groups, place } => (groups, place),
             Weights::Winograd { frequencies, place } => {
                 let weight = self.scaled(weight);
-                return transform_weights(memory, frequencies, *place, &weight, false);
+                let weight = (&*weight, self.input.c);
+                return transform_weights(memory, frequencies, *place, weight, false);
+            }
+            Weights::Wide { wide, place } => {
+                let panels = wide.panels(memory.pointer(*place));
+                memory.pool.run(self.blocks.len(), |index| {
+                    SCRATCH.with_borrow_mut(|scratch| {
+                        let block = &self.blocks[index];
+                        let tiles = self.tiles(block.rows);
+                        let strips = self.fill_tiles(memory, block, tiles, &mut scratch.input);
+                        // SAFETY: the block's tiles are the task's own.
+                        unsafe {
+                            self.transform_block(memory, block, Side::Input, &strips, panels)
+                        };
+                    });
+                });
+                let (weight, bias) = (self.scaled(weight), &self.bias_values);
+                // SAFETY: all tiles have been transformed; the output is this layer's.
+                return unsafe {
+                    wide.multiply(memory, &weight, panels, bias, memory.pointer(self.z));
+                };
             }
             Weights::Depthwise(_) => return,
         };
@@ -810,14 +861,29 @@ impl Layer {
         Product::pack(&products, memory, *place, 1, fill, matrix);
     }
 
-    /// Packs the products of the backward pass, which comes next.
+    /// Packs the products of the backward pass, which comes next. [`Weights::Wide`] are multiplied at once, as
+    /// soon as all blocks have been gone through.
     pub fn pack_backward(&self, memory: &Memory, weight: &[f32]) {
-        let Some(input) = self.backward.as_ref().and_then(|b| b.input.as_ref()) else {
+        let Some(backward) = &self.backward else {
+            return;
+        };
+        let Some(input) = &backward.input else {
             return;
         };
         let weight = self.scaled(weight);
         if let Some(frequencies) = &input.frequencies {
-            return transform_weights(memory, frequencies, input.place, &weight, true);
+            let weight = (&*weight, self.input.c);
+            return transform_weights(memory, frequencies, input.place, weight, true);
+        }
+        if let Some(wide) = &input.wide {
+            self.backward_blocks(memory, backward);
+            let place = memory.pointer(input.place);
+            let bias = vec![0.0; self.input.c];
+            // SAFETY: all tiles have been transformed; what comes out lies behind them.
+            return unsafe {
+                let to = place.add(wide.panels_len());
+                wide.multiply(memory, &weight, wide.panels(place), &bias, to);
+            };
         }
         let [kh, kw] = self.window.kernel;
         let area = kh * kw;
@@ -901,7 +967,7 @@ impl Layer {
         &self,
         memory: &Memory,
         block: &Block,
-        scratch: &mut Vec<f32>,
+        scratch: &mut Buffer,
     ) -> (Source, Window, usize) {
         if let (Feed::Plain(view), true) = (self.feed, self.is_pointwise()) {
             let start =
@@ -958,14 +1024,18 @@ impl Layer {
             ..self.output
         });
         let output = Target::new(z, layout, block.images);
-        if let Weights::Winograd { frequencies, .. } = &self.weights {
-            self.forward_tiles(memory, frequencies, block, &output, scratch);
-            return self.finish_block(memory, index, z);
+        match &self.weights {
+            Weights::Winograd { frequencies, .. } => {
+                self.forward_tiles(memory, frequencies, block, &output, scratch);
+                return self.finish_block(memory, index, z);
+            }
+            Weights::Wide { .. } => return self.finish_block(memory, index, z),
+            Weights::Dense { .. } | Weights::Depthwise(_) => {}
         }
         let (input, window, channel) = self.block_input(memory, block, &mut scratch.input);
         let groups = self.conv.groups;
         match &self.weights {
-            Weights::Winograd { .. } => unreachable!("computed above"),
+            Weights::Winograd { .. } | Weights::Wide { .. } => unreachable!("computed above"),
             Weights::Depthwise(conv) => {
                 debug_assert_eq!(conv.window, window);
                 let epilogue = Epilogue {
@@ -1018,7 +1088,7 @@ impl Layer {
         memory: &Memory,
         block: &Block,
         tiles: Tiles,
-        scratch: &mut Vec<f32>,
+        scratch: &mut Buffer,
     ) -> Source {
         let strip = Strip {
             rows: tiles.strip_rows(),
@@ -1049,7 +1119,7 @@ impl Layer {
         output: &Target,
         scratch: &mut Scratch,
     ) {
-        let tiles = Tiles::over(4, block.rows, self.output.w);
+        let tiles = self.tiles(block.rows);
         let input = self.fill_tiles(memory, block, tiles, &mut scratch.input);
         let strips = (&input, block.images);
         self.convolve_tiles(
@@ -1081,8 +1151,11 @@ impl Layer {
     ) {
         let count = tiles.count() * images;
         let (ins, outs) = (input.layout.dims.c, output.layout.dims.c);
-        let panels = tile_panels(scratch.panels, tiles, ins, count);
-        let products = room(scratch.products, tiles.products_len(count, outs));
+        let panels = tile_panels(scratch.panels, ins, count);
+        let products = room(
+            scratch.products,
+            winograd_training::products_len(count, outs),
+        );
         // SAFETY: the strips reach as far as the tiles; the scratch and the output are the task's.
         unsafe {
             for image in 0..images {
@@ -1090,7 +1163,7 @@ impl Layer {
                 winograd_training::transform(isa, Side::Input, tiles, input, image, panels, first);
             }
             let pointer = products.as_mut_ptr();
-            winograd_training::multiply(weights, panels, count, pointer, outs, scratch.rows);
+            winograd_training::multiply(weights, panels, count, pointer, scratch.rows, false);
             for image in 0..images {
                 let first = image * tiles.count();
                 winograd_training::finish(
@@ -1111,19 +1184,25 @@ impl Layer {
         let Some(backward) = &self.backward else {
             return;
         };
-        let blocks = self.blocks.len();
-        let runs = match backward.weights {
-            Some(WeightSums::Lanes { lanes, .. }) => lanes,
-            _ => blocks,
-        };
-        memory.pool.run(runs, |run| {
-            SCRATCH.with_borrow_mut(|scratch| {
-                for index in run * blocks / runs..(run + 1) * blocks / runs {
-                    let first = index == run * blocks / runs;
-                    self.backward_block(memory, backward, index, (run, first), scratch);
+        match &backward.input {
+            Some(InputGradient {
+                wide: Some(wide),
+                destination,
+                place,
+                ..
+            }) => memory.pool.run(self.blocks.len(), |index| {
+                let block = &self.blocks[index];
+                let (start, pixels) = block.pixels(self.input);
+                let channels = self.input.c;
+                let at = wide.panels_len() + start * channels;
+                // SAFETY: the block's pixels and partial sums are the task's own.
+                unsafe {
+                    let values = memory.part(*place, at, pixels * channels);
+                    memory.deliver(destination, start, values, index);
                 }
-            });
-        });
+            }),
+            _ => self.backward_blocks(memory, backward),
+        }
         if let Some(sums) = &backward.weights {
             let mut gradient = self.weight_gradient(memory, sums);
             if let Some(folded) = &self.folded {
@@ -1143,6 +1222,22 @@ impl Layer {
             }
             emit(bias, gradient);
         }
+    }
+
+    fn backward_blocks(&self, memory: &Memory, backward: &Backward) {
+        let blocks = self.blocks.len();
+        let runs = match backward.weights {
+            Some(WeightSums::Lanes { lanes, .. }) => lanes,
+            _ => blocks,
+        };
+        memory.pool.run(runs, |run| {
+            SCRATCH.with_borrow_mut(|scratch| {
+                for index in run * blocks / runs..(run + 1) * blocks / runs {
+                    let first = index == run * blocks / runs;
+                    self.backward_block(memory, backward, index, (run, first), scratch);
+                }
+            });
+        });
     }
 
     /// Rows of the input whose gradient a block computes.
@@ -1269,6 +1364,11 @@ impl Layer {
         let Some(to) = &backward.input else {
             return;
         };
+        if let Some(wide) = &to.wide {
+            let panels = wide.panels(memory.pointer(to.place));
+            // SAFETY: the block's tiles are the task's own.
+            return unsafe { self.transform_block(memory, block, Side::Input, &dz, panels) };
+        }
         let width = self.input.w * self.input.c;
         let values = room(result, block.images * owned.len() * width);
         let out_layout = Layout::plain(Dims {
@@ -1438,7 +1538,7 @@ impl Layer {
         (run, first): (usize, bool),
         tiles: Tiles,
         strips: [(Side, &Source); 2],
-        scratch: [&mut Vec<f32>; 2],
+        scratch: [&mut Buffer; 2],
     ) {
         let shape = self.sum_shape();
         let (start, count) = self.product_rows(block);
@@ -1446,18 +1546,15 @@ impl Layer {
         let (panels, at) = match *sums {
             WeightSums::Lanes { .. } => {
                 let [a, z] = scratch;
-                let a = tile_panels(a, tiles, channels[0], count);
-                ([a, tile_panels(z, tiles, channels[1], count)], 0)
+                let a = tile_panels(a, channels[0], count);
+                ([a, tile_panels(z, channels[1], count)], 0)
             }
             WeightSums::Panels { a, z, .. } => {
                 let rows = self.all_product_rows();
-                let panels = |value: ValueId, frequency: usize| TilePanels {
-                    pointer: memory.pointer(value),
-                    frequency,
-                    panel: rows * PANEL,
+                let panels = |value: ValueId, channels: usize| {
+                    TilePanels::new(memory.pointer(value), channels, rows)
                 };
-                let a = panels(a, shape.windows_apart(rows));
-                ([a, panels(z, shape.gradients_apart(rows))], start)
+                ([panels(a, channels[0]), panels(z, channels[1])], start)
             }
         };
         for ((side, strip), to) in strips.into_iter().zip(panels) {
@@ -1489,6 +1586,29 @@ impl Layer {
         }
     }
 
+    /// Transforms the tiles of a block's strips into panels of all tiles.
+    ///
+    /// # Safety
+    /// The strips reach as far as the tiles; the panels' rows are the caller's own.
+    unsafe fn transform_block(
+        &self,
+        memory: &Memory,
+        block: &Block,
+        side: Side,
+        strips: &Source,
+        panels: TilePanels,
+    ) {
+        let tiles = self.tiles(block.rows);
+        let (start, _) = self.product_rows(block);
+        for image in 0..block.images {
+            let first = start + image * tiles.count();
+            // SAFETY: as the caller promises.
+            unsafe {
+                winograd_training::transform(memory.isa, side, tiles, strips, image, panels, first);
+            }
+        }
+    }
+
     fn zeros(&self) -> Vec<f32> {
         vec![0.0; self.output.c]
     }
@@ -1505,7 +1625,7 @@ impl Layer {
         (input, window, channel): (&Source, &Window, usize),
         dz: &Source,
         own: usize,
-        (window_panels, gradient_panels, line): (&mut Vec<f32>, &mut Vec<f32>, &mut Vec<f32>),
+        (window_panels, gradient_panels, line): (&mut Buffer, &mut Buffer, &mut Vec<f32>),
     ) {
         let shape = self.sum_shape();
         let (start, pixels) = block.pixels(self.output);
@@ -1528,7 +1648,8 @@ impl Layer {
         let ins = self.input.c / shape.groups;
         let taps = self.taps(&input.layout);
         let run_len = shape.depth / taps.len();
-        let line = room(line, shape.depth);
+        line.resize(line.len().max(shape.depth), 0.0);
+        let line = &mut line[..shape.depth];
         let mut row = at;
         for (image, y) in block.image_rows() {
             for x in 0..self.output.w {
@@ -1606,6 +1727,18 @@ impl Layer {
         let shape = self.sum_shape();
         let (lanes, values) = match *sums {
             WeightSums::Lanes { lanes, sums } => (lanes, sums),
+            WeightSums::Panels { a, z, sums: None } if self.is_winograd() => {
+                let channels = [self.input.c, self.output.c];
+                let len = channels[0] * channels[1] * area;
+                let mut gradient = in_large_pages(len);
+                let (tiles, to) = (self.all_product_rows(), gradient.as_mut_ptr());
+                // SAFETY: the panels have been filled, and all of the gradient is written.
+                unsafe {
+                    wide::weights_gradient(memory, [a, z], tiles, channels, to);
+                    gradient.set_len(len);
+                }
+                return gradient;
+            }
             WeightSums::Panels { a, z, sums: None } => {
                 return self.multiply_directly(memory, &shape, a, z);
             }

@@ -559,14 +559,15 @@ impl Lowering<'_> {
         let wanted = trained(weight) || bias.is_some_and(trained) || self.wanted[feed.value()];
         let z = self.new_value(output.len() * self.count, wanted);
         let index = self.layers.len();
-        let pixels = self.count * output.pixels();
-        let mut weights = Layer::new_weights(self.isa, conv, window, pixels, self.exact);
+        let mut weights =
+            Layer::new_weights(self.isa, conv, window, (self.count, output), self.exact);
         let mut uses = vec![feed.value(), z];
         let packed = match &mut weights {
             Weights::Dense { groups, place } => {
                 Some((groups.iter().map(Product::len).sum(), place))
             }
             Weights::Winograd { frequencies, place } => Some((frequencies.values_len(), place)),
+            Weights::Wide { wide, place } => Some((wide.panels_len(), place)),
             Weights::Depthwise(_) => None,
         };
         if let Some((len, place)) = packed {
@@ -915,9 +916,9 @@ impl Lowering<'_> {
         let isa = self.isa;
         let input = destination.map(|to| {
             let layer = &self.layers[index];
-            let pixels = self.count * layer.input.pixels();
-            let mut input = Layer::new_input_gradient(isa, &conv, &layer.weights, pixels, to);
-            input.place = self.new_value(input.packed_len(), false);
+            let images = (self.count, layer.input);
+            let mut input = Layer::new_input_gradient(isa, &conv, &layer.weights, images, to);
+            input.place = self.new_value(input.len(), false);
             uses.push(input.place);
             input
         });

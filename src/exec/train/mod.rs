@@ -21,6 +21,7 @@ mod conv;
 mod lower;
 mod operation;
 mod values;
+mod wide;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
