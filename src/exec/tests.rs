@@ -259,6 +259,11 @@ macro_rules! tests_of {
             }
 
             #[test]
+            fn wide_convolutions() {
+                super::wide_convolutions(WAY);
+            }
+
+            #[test]
             fn operations_of_random_shapes() {
                 super::operations_of_random_shapes(WAY);
             }
@@ -313,6 +318,42 @@ fn norms_on_stored_statistics(way: Way) {
     ] {
         let graph = registry::find(name).unwrap().row.architecture.graph(7);
         compare_graphs(way, name, &graph, 3, size, &norms(&graph), [1e-4, 1e-3]);
+    }
+}
+
+/// 3x3 convolutions of many channels over few pixels, each as `exec/train/wide.rs` has it or just beyond.
+fn wide_convolutions(way: Way) {
+    let mut rng = ChaCha8Rng::seed_from_u64(12);
+    for case in 0..8 {
+        let mut b = Builder::new(InitScheme::FanIn);
+        let [first, second, third] = [(); 3].map(|()| 16 * rng.random_range(11..24));
+        let x = b.input();
+        let x = b.conv("first", Conv2d::new(3, first, 3), x);
+        let x = b.activation("first.act", Activation::Gelu, x);
+        let conv = Conv2d::new(first, second, 3);
+        let x = match case % 2 {
+            0 => b.conv_norm("second", "second.norm", conv, Norm::PYTORCH, x),
+            _ => b.conv("second", conv.bias(), x),
+        };
+        let x = b.activation("second.act", Activation::HardSwish, x);
+        let conv = Conv2d::new(second, third, 3);
+        let x = b.conv_norm("third", "third.norm", conv, Norm::PYTORCH, x);
+        let x = b.activation("third.act", Activation::Gelu, x);
+        let x = b.add("pool", Op::GlobalAvgPool, &[x]);
+        let x = b.add("flatten", Op::Flatten, &[x]);
+        b.linear("head", third, 7, x);
+        let graph = b.finish();
+        let size = [rng.random_range(5..15), rng.random_range(5..15)];
+        let count = rng.random_range(2..12);
+        let name = format!("case {case}, {count} x {size:?}, {first}, {second}, {third}");
+        let frozen = match case {
+            0..4 => BTreeSet::new(),
+            4 => norms(&graph),
+            5 => parameters_of(&graph, &["second"]),
+            6 => parameters_of(&graph, &["first", "third"]),
+            _ => parameters_of(&graph, &["first", "second.weight"]),
+        };
+        compare_graphs(way, &name, &graph, count, size, &frozen, [1e-4, 3e-4]);
     }
 }
 

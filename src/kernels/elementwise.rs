@@ -103,6 +103,35 @@ pub(super) fn derivative(activation: Option<Activation>, x: f32) -> f32 {
     }
 }
 
+/// The derivatives of activations at vectors of values; not of GELU, which has no vector of it.
+#[inline(always)]
+pub(super) fn derivative_vector<S: Simd>(
+    simd: S,
+    activation: Option<Activation>,
+    x: S::f32s,
+) -> S::f32s {
+    let constant = |value: f32| simd.splat_f32s(value);
+    let (zero, one) = (constant(0.0), constant(1.0));
+    let above = |low: f32| simd.greater_than_f32s(x, constant(low));
+    let below = |high: f32| simd.less_than_f32s(x, constant(high));
+    let inside = |low: f32, high: f32, value: f32| {
+        let slope = simd.select_f32s(below(high), constant(value), zero);
+        simd.select_f32s(above(low), slope, zero)
+    };
+    match activation {
+        None => one,
+        Some(Activation::Relu) => simd.select_f32s(above(0.0), one, zero),
+        Some(Activation::Relu6) => inside(0.0, 6.0, 1.0),
+        Some(Activation::HardSigmoid) => inside(-3.0, 3.0, 1.0 / 6.0),
+        Some(Activation::HardSwish) => {
+            let slope = simd.add_f32s(simd.mul_f32s(x, constant(1.0 / 3.0)), constant(0.5));
+            let slope = simd.select_f32s(below(3.0), slope, one);
+            simd.select_f32s(above(-3.0), slope, zero)
+        }
+        Some(Activation::Gelu) => unreachable!("a derivative that is computed value by value"),
+    }
+}
+
 /// e^x for x up to 88, without a branch: 2^n·e^r with |r| at most ln 2 / 2, e^r by a polynomial.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {

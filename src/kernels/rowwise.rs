@@ -4,8 +4,13 @@
 //! All work on `[pixels, C]` with vectors of C values: `z` is a convolution's output, u = z · scale
 //! + shift what batch norm makes of it, y = activation(u).
 
+use std::ops::Range;
+
+use pulp::{Scalar, Simd, WithSimd};
+
 use super::Isa;
-use super::elementwise::{activate_value, derivative};
+use super::elementwise::{activate_value, derivative, derivative_vector};
+use super::isa::{load, store};
 use crate::graph::Activation;
 
 /// Calls a generic loop with the activation as a constant, so that each is compiled for itself.
@@ -179,52 +184,280 @@ pub fn sum_rows(isa: Isa, rows: &[f32], sum: &mut [f32]) {
     );
 }
 
+/// What is computed of rows of C values, with what belongs to their columns in registers.
+trait Columns {
+    /// C, and rows.
+    fn shape(&self) -> [usize; 2];
+
+    /// The columns of NV vectors from `column` on, of some rows.
+    ///
+    /// # Safety
+    /// They are columns and rows of the shape.
+    unsafe fn block<S: Simd, const NV: usize>(&self, simd: S, column: usize, rows: Range<usize>);
+}
+
+struct ByColumns<T>(T);
+
+impl<T: Columns> WithSimd for ByColumns<T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        // Rows that columns are loaded for; few, so that memory is read nearly from end to end.
+        const ROWS: usize = 8;
+        const VECTORS: usize = 4;
+        let [columns, rows] = self.0.shape();
+        let lanes = S::F32_LANES;
+        for first in (0..rows).step_by(ROWS) {
+            let rows = first..rows.min(first + ROWS);
+            let mut column = 0;
+            // SAFETY: columns and rows of the shape.
+            unsafe {
+                while column + VECTORS * lanes <= columns {
+                    self.0.block::<S, VECTORS>(simd, column, rows.clone());
+                    column += VECTORS * lanes;
+                }
+                while column + lanes <= columns {
+                    self.0.block::<S, 1>(simd, column, rows.clone());
+                    column += lanes;
+                }
+                for column in column..columns {
+                    self.0.block::<Scalar, 1>(Scalar, column, rows.clone());
+                }
+            }
+        }
+    }
+}
+
+/// NV vectors of a row or of columns.
+///
+/// # Safety
+/// Behind the pointer lie so many values.
+#[inline(always)]
+unsafe fn load_all<S: Simd, const NV: usize>(simd: S, from: *const f32) -> [S::f32s; NV] {
+    let mut vectors = [simd.splat_f32s(0.0); NV];
+    for (v, vector) in vectors.iter_mut().enumerate() {
+        // SAFETY: as the caller promises.
+        *vector = unsafe { load::<S>(from.add(v * S::F32_LANES)) };
+    }
+    vectors
+}
+
+/// # Safety
+/// As [`load_all`], for the caller alone.
+#[inline(always)]
+unsafe fn store_all<S: Simd, const NV: usize>(vectors: [S::f32s; NV], to: *mut f32) {
+    for (v, vector) in vectors.into_iter().enumerate() {
+        // SAFETY: as the caller promises.
+        unsafe { store::<S>(to.add(v * S::F32_LANES), vector) };
+    }
+}
+
+/// `g = from · activation'(z · scale + shift)`, and on the way `sum += Σ g` and
+/// `products += Σ g · (z - mean)`, over rows.
+#[allow(clippy::too_many_arguments)] // three matrices, and what belongs to their columns
+pub fn mask_and_sum(
+    isa: Isa,
+    from: &[f32],
+    z: &[f32],
+    affine: Affine,
+    activation: Option<Activation>,
+    g: &mut [f32],
+    mean: &[f32],
+    [sum, products]: [&mut [f32]; 2],
+) {
+    let c = sum.len();
+    assert!(
+        [
+            products.len(),
+            mean.len(),
+            affine.scale.len(),
+            affine.shift.len()
+        ] == [c; 4]
+    );
+    assert!(from.len() == z.len() && g.len() == z.len() && z.len().is_multiple_of(c));
+    // What has no vectors is multiplied first.
+    let (from, activation) = if activation == Some(Activation::Gelu) {
+        g.copy_from_slice(from);
+        mask(isa, z, affine, activation, g);
+        (g.as_ptr(), None)
+    } else {
+        (from.as_ptr(), activation)
+    };
+    isa.dispatch(ByColumns(MaskAndSum {
+        from,
+        z,
+        affine,
+        activation,
+        g: g.as_mut_ptr(),
+        mean,
+        sum: sum.as_mut_ptr(),
+        products: products.as_mut_ptr(),
+    }));
+}
+
 /// `sum += Σ g` and `products += Σ g · (z - mean)`, over rows.
 pub fn gradient_sums(
     isa: Isa,
     g: &[f32],
     z: &[f32],
     mean: &[f32],
-    sum: &mut [f32],
-    products: &mut [f32],
+    [sum, products]: [&mut [f32]; 2],
 ) {
     let c = sum.len();
-    isa.compiled(
-        #[inline(always)]
-        || {
-            for (g, z) in g.chunks_exact(c).zip(z.chunks_exact(c)) {
-                let rows = g.iter().zip(z).zip(mean);
-                for ((sum, product), ((&g, &z), &mean)) in
-                    sum.iter_mut().zip(products.iter_mut()).zip(rows)
-                {
-                    *sum += g;
-                    *product += g * (z - mean);
+    assert!([products.len(), mean.len()] == [c; 2]);
+    assert!(g.len() == z.len() && z.len().is_multiple_of(c));
+    isa.dispatch(ByColumns(MaskAndSum {
+        from: g.as_ptr(),
+        z,
+        // Not looked at.
+        affine: Affine {
+            scale: mean,
+            shift: mean,
+        },
+        activation: None,
+        g: std::ptr::null_mut(),
+        mean,
+        sum: sum.as_mut_ptr(),
+        products: products.as_mut_ptr(),
+    }));
+}
+
+struct MaskAndSum<'a> {
+    from: *const f32,
+    z: &'a [f32],
+    affine: Affine<'a>,
+    activation: Option<Activation>,
+    /// Null where only the sums are wanted.
+    g: *mut f32,
+    mean: &'a [f32],
+    sum: *mut f32,
+    products: *mut f32,
+}
+
+impl Columns for MaskAndSum<'_> {
+    fn shape(&self) -> [usize; 2] {
+        let c = self.mean.len();
+        [c, self.z.len() / c]
+    }
+
+    #[inline(always)]
+    unsafe fn block<S: Simd, const NV: usize>(&self, simd: S, column: usize, rows: Range<usize>) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            match self.activation {
+                None => self.masked::<S, NV>(simd, None, column, rows),
+                Some(Activation::Relu) => {
+                    self.masked::<S, NV>(simd, Some(Activation::Relu), column, rows);
+                }
+                other => self.masked::<S, NV>(simd, other, column, rows),
+            }
+        }
+    }
+}
+
+impl MaskAndSum<'_> {
+    #[inline(always)]
+    unsafe fn masked<S: Simd, const NV: usize>(
+        &self,
+        simd: S,
+        activation: Option<Activation>,
+        column: usize,
+        rows: Range<usize>,
+    ) {
+        let columns = |values: &[f32]| {
+            // SAFETY: columns of the shape.
+            unsafe { load_all::<S, NV>(simd, values.as_ptr().add(column)) }
+        };
+        let [scale, shift] = [self.affine.scale, self.affine.shift].map(columns);
+        let mean = columns(self.mean);
+        let c = self.mean.len();
+        // SAFETY: columns and rows of the shape.
+        unsafe {
+            let mut sum = load_all::<S, NV>(simd, self.sum.add(column));
+            let mut products = load_all::<S, NV>(simd, self.products.add(column));
+            for row in rows {
+                let at = row * c + column;
+                let mut g = load_all::<S, NV>(simd, self.from.add(at));
+                let z = load_all::<S, NV>(simd, self.z.as_ptr().add(at));
+                for v in 0..NV {
+                    if activation.is_some() {
+                        // Rounded as it was forward, so that a value is on the same side of a corner.
+                        let u = simd.add_f32s(simd.mul_f32s(z[v], scale[v]), shift[v]);
+                        g[v] = simd.mul_f32s(g[v], derivative_vector(simd, activation, u));
+                    }
+                    sum[v] = simd.add_f32s(sum[v], g[v]);
+                    let distance = simd.sub_f32s(z[v], mean[v]);
+                    products[v] = simd.add_f32s(products[v], simd.mul_f32s(g[v], distance));
+                }
+                if !self.g.is_null() {
+                    store_all::<S, NV>(g, self.g.add(at));
                 }
             }
-        },
-    );
+            store_all::<S, NV>(sum, self.sum.add(column));
+            store_all::<S, NV>(products, self.products.add(column));
+        }
+    }
 }
 
 /// Mean of rows, and the sum of squared distances from it.
 pub fn moments(isa: Isa, z: &[f32], mean: &mut [f32], squares: &mut [f32]) {
-    let c = mean.len();
-    let scale = 1.0 / (z.len() / c) as f32;
+    let scale = 1.0 / (z.len() / mean.len()) as f32;
+    assert!(mean.len() == squares.len() && z.len().is_multiple_of(mean.len()));
     mean.fill(0.0);
     squares.fill(0.0);
-    isa.compiled(
-        #[inline(always)]
-        || {
-            for z in z.chunks_exact(c) {
-                mean.iter_mut().zip(z).for_each(|(m, z)| *m += z);
-            }
-            mean.iter_mut().for_each(|m| *m *= scale);
-            for z in z.chunks_exact(c) {
-                for ((s, &z), &m) in squares.iter_mut().zip(z).zip(mean.iter()) {
-                    *s += (z - m) * (z - m);
+    let sums = |mean, sum: &mut [f32]| {
+        let (columns, sum) = (sum.len(), sum.as_mut_ptr());
+        isa.dispatch(ByColumns(Sums {
+            z,
+            mean,
+            sum,
+            columns,
+        }));
+    };
+    sums(None, mean);
+    mean.iter_mut().for_each(|m| *m *= scale);
+    sums(Some(mean), squares);
+}
+
+/// Sums of rows, or of their squared distances from a mean.
+struct Sums<'a> {
+    z: &'a [f32],
+    mean: Option<&'a [f32]>,
+    sum: *mut f32,
+    columns: usize,
+}
+
+impl Columns for Sums<'_> {
+    fn shape(&self) -> [usize; 2] {
+        [self.columns, self.z.len() / self.columns]
+    }
+
+    #[inline(always)]
+    unsafe fn block<S: Simd, const NV: usize>(&self, simd: S, column: usize, rows: Range<usize>) {
+        let c = self.columns;
+        // SAFETY: columns and rows of the shape.
+        unsafe {
+            let place = self.sum.add(column);
+            let mut sum = load_all::<S, NV>(simd, place);
+            let mean = self
+                .mean
+                .map(|mean| load_all::<S, NV>(simd, mean.as_ptr().add(column)));
+            for row in rows {
+                let z = load_all::<S, NV>(simd, self.z.as_ptr().add(row * c + column));
+                for v in 0..NV {
+                    sum[v] = match mean {
+                        None => simd.add_f32s(sum[v], z[v]),
+                        Some(mean) => {
+                            let distance = simd.sub_f32s(z[v], mean[v]);
+                            simd.add_f32s(sum[v], simd.mul_f32s(distance, distance))
+                        }
+                    };
                 }
             }
-        },
-    );
+            store_all::<S, NV>(sum, place);
+        }
+    }
 }
 
 /// The gradient of batch norm for its input: `a · g + b · (z - mean) + c`.
@@ -238,21 +471,53 @@ pub struct NormGradient<'a> {
 
 /// `dz = a · g + b · (z - mean) + c`.
 pub fn norm_gradient(isa: Isa, g: &[f32], z: &[f32], norm: NormGradient, dz: &mut [f32]) {
-    let channels = norm.a.len();
-    isa.compiled(
-        #[inline(always)]
-        || {
-            let rows = g.chunks_exact(channels).zip(z.chunks_exact(channels));
-            for (dz, (g, z)) in dz.chunks_exact_mut(channels).zip(rows) {
-                let values = norm.a.iter().zip(norm.b).zip(norm.c).zip(norm.mean);
-                for (((dz, &g), &z), (((&a, &b), &c), &mean)) in
-                    dz.iter_mut().zip(g).zip(z).zip(values)
-                {
-                    *dz = a * g + (b * (z - mean) + c);
+    let c = norm.a.len();
+    assert!([norm.b.len(), norm.c.len(), norm.mean.len()] == [c; 3]);
+    assert!(g.len() == z.len() && dz.len() == z.len() && z.len().is_multiple_of(c));
+    isa.dispatch(ByColumns(GradientOfNorm {
+        g,
+        z,
+        norm,
+        dz: dz.as_mut_ptr(),
+    }));
+}
+
+struct GradientOfNorm<'a> {
+    g: &'a [f32],
+    z: &'a [f32],
+    norm: NormGradient<'a>,
+    dz: *mut f32,
+}
+
+impl Columns for GradientOfNorm<'_> {
+    fn shape(&self) -> [usize; 2] {
+        let c = self.norm.a.len();
+        [c, self.z.len() / c]
+    }
+
+    #[inline(always)]
+    unsafe fn block<S: Simd, const NV: usize>(&self, simd: S, column: usize, rows: Range<usize>) {
+        let NormGradient { a, b, c, mean } = self.norm;
+        let channels = a.len();
+        // SAFETY: columns and rows of the shape.
+        unsafe {
+            let a = load_all::<S, NV>(simd, a.as_ptr().add(column));
+            let b = load_all::<S, NV>(simd, b.as_ptr().add(column));
+            let c = load_all::<S, NV>(simd, c.as_ptr().add(column));
+            let mean = load_all::<S, NV>(simd, mean.as_ptr().add(column));
+            for row in rows {
+                let at = row * channels + column;
+                let g = load_all::<S, NV>(simd, self.g.as_ptr().add(at));
+                let mut dz = load_all::<S, NV>(simd, self.z.as_ptr().add(at));
+                for v in 0..NV {
+                    let distance = simd.sub_f32s(dz[v], mean[v]);
+                    let rest = simd.add_f32s(simd.mul_f32s(b[v], distance), c[v]);
+                    dz[v] = simd.add_f32s(simd.mul_f32s(a[v], g[v]), rest);
                 }
+                store_all::<S, NV>(dz, self.dz.add(at));
             }
-        },
-    );
+        }
+    }
 }
 
 /// `out += values`.

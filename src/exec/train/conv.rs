@@ -394,7 +394,7 @@ const STRIP_VALUES: usize = 64 << 10;
 const CACHED_WEIGHTS: usize = 256 << 10;
 /// Pixels of a batch from which more weights than that are worth transforming, and from which they had better be
 /// transformed once for all of them.
-const WIDE_PIXELS: Range<usize> = 150..1200;
+const WIDE_PIXELS: Range<usize> = 100..1200;
 const WINOGRAD_VALUES: usize = 128 << 10;
 /// Rows of a weight gradient with so many that a task computes from panels: many, since a matrix unit splits the
 /// other side for each task anew, but enough tasks for several threads.

@@ -332,13 +332,20 @@ impl Memory<'_> {
                 let z = &self.values(value)[at..][..gradient.len()];
                 // SAFETY: the pixels are the task's own.
                 let g = unsafe { self.part(buffer, at, gradient.len()) };
-                g.copy_from_slice(gradient);
-                if activation.is_some() {
-                    rowwise::mask(self.isa, z, self.affine(norm), activation, g);
-                }
-                if let Some(norm) = norm {
-                    // SAFETY: the block is the task's own.
-                    unsafe { self.sum_gradient(norm, g, z, block) };
+                // SAFETY: the block is the task's own.
+                match unsafe { norm.and_then(|norm| self.norm_sums(norm, block)) } {
+                    Some((sums, mean)) => {
+                        let affine = self.affine(norm);
+                        rowwise::mask_and_sum(
+                            self.isa, gradient, z, affine, activation, g, mean, sums,
+                        );
+                    }
+                    None => {
+                        g.copy_from_slice(gradient);
+                        if activation.is_some() {
+                            rowwise::mask(self.isa, z, self.affine(norm), activation, g);
+                        }
+                    }
                 }
             }
         }
@@ -359,20 +366,31 @@ impl Memory<'_> {
         rowwise::mask(self.isa, z, self.affine(norm), activation, g);
     }
 
-    /// A block's partial sums for the gradient of a norm, where it needs them.
+    /// Adds a block's gradient to the sums of a norm, where it wants them.
     ///
     /// # Safety
     /// The block is the task's own.
     pub unsafe fn sum_gradient(&self, norm: NormId, g: &[f32], z: &[f32], block: usize) {
+        // SAFETY: as the caller promises.
+        if let Some((sums, mean)) = unsafe { self.norm_sums(norm, block) } {
+            rowwise::gradient_sums(self.isa, g, z, mean, sums);
+        }
+    }
+
+    /// A block's partial sums for the gradient of a norm, zeros yet, where it wants them; and the norm's mean.
+    ///
+    /// # Safety
+    /// The block is the task's own.
+    unsafe fn norm_sums(&self, norm: NormId, block: usize) -> Option<([&mut [f32]; 2], &[f32])> {
         let norm = self.norm(norm);
         if norm.sums.is_empty() {
-            return;
+            return None;
         }
         // SAFETY: as the caller promises.
         let partial = unsafe { self.partial(&norm.sums, block, 2 * norm.channels) };
         partial.fill(0.0);
         let (sum, products) = partial.split_at_mut(norm.channels);
-        rowwise::gradient_sums(self.isa, g, z, &norm.mean, sum, products);
+        Some(([sum, products], &norm.mean))
     }
 
     /// The gradient at a convolution's output, from the gradient behind its norm.
