@@ -35,25 +35,34 @@ pub struct Affine<'a> {
 }
 
 /// `y = activation(z · scale + shift)`.
-pub fn apply(
-    isa: Isa,
-    z: &[f32],
-    Affine { scale, shift }: Affine,
-    activation: Option<Activation>,
-    y: &mut [f32],
-) {
+pub fn apply(isa: Isa, z: &[f32], affine: Affine, activation: Option<Activation>, y: &mut [f32]) {
+    let Affine { scale, shift } = affine;
+    let c = scale.len();
+    if c > 0
+        && matches!(
+            activation,
+            None | Some(Activation::Relu | Activation::Relu6)
+        )
+    {
+        assert!(z.len() == y.len() && shift.len() == c && z.len().is_multiple_of(c));
+        return isa.dispatch(ByColumns(Apply {
+            z,
+            affine,
+            activation,
+            y: y.as_mut_ptr(),
+        }));
+    }
     macro_rules! run {
         ($activation:expr) => {
             isa.compiled(
                 #[inline(always)]
                 || {
-                    if scale.is_empty() {
+                    if c == 0 {
                         for (y, &z) in y.iter_mut().zip(z) {
                             *y = activate_value($activation, z);
                         }
                         return;
                     }
-                    let c = scale.len();
                     for (y, z) in y.chunks_exact_mut(c).zip(z.chunks_exact(c)) {
                         for (((y, &z), &scale), &shift) in y.iter_mut().zip(z).zip(scale).zip(shift)
                         {
@@ -65,6 +74,44 @@ pub fn apply(
         };
     }
     for_activation!(activation, run);
+}
+
+/// [`apply`], where the activation is none or clips.
+struct Apply<'a> {
+    z: &'a [f32],
+    affine: Affine<'a>,
+    activation: Option<Activation>,
+    y: *mut f32,
+}
+
+impl Columns for Apply<'_> {
+    fn shape(&self) -> [usize; 2] {
+        let c = self.affine.scale.len();
+        [c, self.z.len() / c]
+    }
+
+    #[inline(always)]
+    unsafe fn block<S: Simd, const NV: usize>(&self, simd: S, column: usize, rows: Range<usize>) {
+        let c = self.affine.scale.len();
+        let high = self.activation.map(upper_bound);
+        // SAFETY: columns and rows of the shape.
+        unsafe {
+            let scale = load_all::<S, NV>(simd, self.affine.scale.as_ptr().add(column));
+            let shift = load_all::<S, NV>(simd, self.affine.shift.as_ptr().add(column));
+            for row in rows {
+                let at = row * c + column;
+                let mut y = load_all::<S, NV>(simd, self.z.as_ptr().add(at));
+                for v in 0..NV {
+                    y[v] = simd.add_f32s(simd.mul_f32s(y[v], scale[v]), shift[v]);
+                    if let Some(high) = high {
+                        y[v] = simd.max_f32s(y[v], simd.splat_f32s(0.0));
+                        y[v] = simd.min_f32s(y[v], simd.splat_f32s(high));
+                    }
+                }
+                store_all::<S, NV>(y, self.y.add(at));
+            }
+        }
+    }
 }
 
 /// `y = activation(y + z · scale + shift)`.

@@ -10,7 +10,7 @@
 use pulp::{Simd, WithSimd};
 
 use super::gemm::{Epilogue, Packed, Rows, gemm};
-use super::isa::{Isa, load, prefetch, store};
+use super::isa::{Isa, load, prefetch, prefetch_far, store};
 use super::transposed::PANEL;
 use super::winograd::{
     A, AA, B, BB, LINE, apart, input_transform, kernel_transform, output_transform,
@@ -446,6 +446,7 @@ impl Frequencies {
                         for (index, taps) in taps[..rows].iter_mut().enumerate() {
                             let at = (row + first + index) * inputs + column + start;
                             let (from, _) = weight[at * 9..].as_chunks::<9>();
+                            ask_for(from.as_ptr().wrapping_add(ROWS * inputs), width);
                             for (column, kernel) in from[..width].iter().enumerate() {
                                 for tap in 0..9 {
                                     taps[8 - tap][column] = kernel[tap];
@@ -456,6 +457,7 @@ impl Frequencies {
                         for index in 0..width {
                             let at = (column + start + index) * inputs + row + first;
                             let (from, _) = weight[at * 9..].as_chunks::<9>();
+                            ask_for(from.as_ptr().wrapping_add(ROWS), ROWS);
                             for (taps, kernel) in taps.iter_mut().zip(&from[..rows]) {
                                 for tap in 0..9 {
                                     taps[tap][index] = kernel[tap];
@@ -479,6 +481,14 @@ impl Frequencies {
                 },
             );
         }
+    }
+}
+
+/// Asks for kernels that are read next: they lie where the processor does not look by itself.
+#[inline(always)]
+fn ask_for(kernels: *const [f32; 9], count: usize) {
+    for line in (0..count * 9).step_by(LINE) {
+        prefetch_far(kernels.cast::<f32>().wrapping_add(line));
     }
 }
 
