@@ -125,9 +125,11 @@ impl WithSimd for Product {
         let chunks = self.rows.div_ceil(CHUNK).max(1);
         let mut start = self.n.start;
         while start < self.n.end {
-            // Columns that are computed together: three panels, where vectors fill one.
-            let panels = match S::F32_LANES {
-                PANEL => (self.n.end - start).div_ceil(PANEL).min(3),
+            // Columns that are computed together: three panels, where vectors fill one. A single one behind
+            // three would be all loads.
+            let panels = match (S::F32_LANES, (self.n.end - start).div_ceil(PANEL)) {
+                (PANEL, 4) => 2,
+                (PANEL, left) => left.min(3),
                 _ => 1,
             };
             let columns = (self.n.end - start).min(PANEL);

@@ -258,9 +258,7 @@ pub unsafe fn multiply(
         unsafe {
             let input = from.pointer.add(frequency * from.frequency);
             let output = products.add(frequency * apart);
-            for tile in 0..count {
-                rows.push(input.add(tile * PANEL), output.add(tile * outputs), None);
-            }
+            rows.push_line(count, (input, PANEL), (output, outputs), None);
             if add {
                 rows.add_to_outputs();
             }

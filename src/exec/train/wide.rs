@@ -205,15 +205,17 @@ pub(super) unsafe fn weights_gradient(
     let windows = TilePanels::new(memory.pointer(windows), inputs, tiles);
     let gradients = TilePanels::new(memory.pointer(gradients), outputs, tiles);
     let to = Shared(to);
-    let step = match outputs / OUTPUTS {
-        TASKS.. => OUTPUTS,
-        _ => OUTPUTS / 2,
-    };
-    memory.pool.run(outputs.div_ceil(step), |task| {
-        let outputs = task * step..outputs.min((task + 1) * step);
+    // As few tasks as keep several threads busy: each reads its parts of the panels anew.
+    let blocks = outputs.div_ceil(OUTPUTS);
+    let parts = TASKS.div_ceil(blocks).min(inputs.div_ceil(INPUTS));
+    let each = inputs.div_ceil(parts).next_multiple_of(INPUTS);
+    memory.pool.run(blocks * parts, |task| {
+        let (block, part) = (task / parts, task % parts);
+        let outputs = block * OUTPUTS..outputs.min((block + 1) * OUTPUTS);
         let leading = outputs.len();
+        let part = part * each..inputs.min((part + 1) * each);
         SCRATCH.with_borrow_mut(|Scratch { sums, .. }| {
-            for start in (0..inputs).step_by(INPUTS) {
+            for start in part.step_by(INPUTS) {
                 let inputs_here = INPUTS.min(inputs - start);
                 let frequency = apart(inputs_here, leading);
                 let sums = room(sums, FREQUENCIES * frequency);
