@@ -576,3 +576,108 @@ pub fn accumulate(isa: Isa, values: &[f32], out: &mut [f32]) {
         },
     );
 }
+
+#[cfg(test)]
+mod tests {
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    /// Relative to the largest that is expected.
+    fn near(actual: &[f32], expected: &[f64]) {
+        let largest = expected.iter().fold(1e-3, |most: f64, v| most.max(v.abs()));
+        for (&a, &e) in actual.iter().zip(expected) {
+            assert!((f64::from(a) - e).abs() < 1e-5 * largest, "{a}, {e}");
+        }
+    }
+
+    #[test]
+    fn rows_of_random_shapes_are_those_in_float64() {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        for case in 0..120 {
+            let isa = [Isa::detect(), Isa::portable()][case % 2];
+            let [c, rows] = [rng.random_range(1..200), rng.random_range(1..40)];
+            let mut random = |len: usize| -> Vec<f32> {
+                (0..len).map(|_| rng.random_range(-4.0..4.0)).collect()
+            };
+            let [g, z] = [(); 2].map(|()| random(rows * c));
+            let [scale, shift, a, b, mean] = [(); 5].map(|()| random(c));
+            let activation = [
+                None,
+                Some(Activation::Relu),
+                Some(Activation::Relu6),
+                Some(Activation::HardSigmoid),
+                Some(Activation::HardSwish),
+                Some(Activation::Gelu),
+            ][case / 2 % 6];
+            let affine = Affine {
+                scale: &scale,
+                shift: &shift,
+            };
+            let column = |values: &[f32], i: usize| f64::from(values[i % c]);
+            let each = |f: &dyn Fn(usize) -> f64| (0..rows * c).map(f).collect::<Vec<f64>>();
+            let sum = |values: &[f64]| {
+                let of = |column| values.iter().skip(column).step_by(c).sum::<f64>();
+                (0..c).map(of).collect::<Vec<f64>>()
+            };
+
+            let mut y = vec![0.0; rows * c];
+            apply(isa, &z, affine, activation, &mut y);
+            let plain = |i: usize| z[i] * scale[i % c] + shift[i % c];
+            near(
+                &y,
+                &each(&|i| f64::from(activate_value(activation, plain(i)))),
+            );
+
+            let masked = each(&|i| f64::from(g[i]) * f64::from(derivative(activation, plain(i))));
+            let products = |g: &[f64]| {
+                let product = |i: usize| g[i] * (f64::from(z[i]) - column(&mean, i));
+                sum(&each(&product))
+            };
+            let mut sums = vec![0.0; 2 * c];
+            let (first, second) = sums.split_at_mut(c);
+            mask_and_sum(
+                isa,
+                &g,
+                &z,
+                affine,
+                activation,
+                &mut y,
+                &mean,
+                [first, second],
+            );
+            near(&y, &masked);
+            near(&sums[..c], &sum(&masked));
+            near(&sums[c..], &products(&masked));
+
+            sums.fill(0.0);
+            let (first, second) = sums.split_at_mut(c);
+            gradient_sums(isa, &g, &z, &mean, [first, second]);
+            let plain = each(&|i| f64::from(g[i]));
+            near(&sums[..c], &sum(&plain));
+            near(&sums[c..], &products(&plain));
+
+            let (first, second) = sums.split_at_mut(c);
+            moments(isa, &z, first, second);
+            let means: Vec<f64> = sum(&each(&|i| f64::from(z[i])));
+            let means: Vec<f64> = means.iter().map(|sum| sum / rows as f64).collect();
+            near(&sums[..c], &means);
+            let squares = each(&|i| (f64::from(z[i]) - means[i % c]).powi(2));
+            near(&sums[c..], &sum(&squares));
+
+            let norm = NormGradient {
+                a: &a,
+                b: &b,
+                c: &shift,
+                mean: &mean,
+            };
+            norm_gradient(isa, &g, &z, norm, &mut y);
+            let expected = each(&|i| {
+                let distance = f64::from(z[i]) - column(&mean, i);
+                column(&a, i) * f64::from(g[i]) + column(&b, i) * distance + column(&shift, i)
+            });
+            near(&y, &expected);
+        }
+    }
+}

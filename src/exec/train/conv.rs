@@ -8,6 +8,8 @@
 //! adds to the weights' gradient and hands the input's gradient on.
 //!
 //! Blocks, and with them the order of all sums, follow from the layer's shape alone.
+//!
+//! Layers with many weights and few pixels go another way, in `wide.rs`.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -463,6 +465,31 @@ pub(super) fn room(values: &mut Buffer, len: usize) -> &mut [f32] {
     values.write(0..len)
 }
 
+/// Copies a few values, without the call that a copy of any length is.
+///
+/// # Safety
+/// As many values lie behind `from`.
+#[inline(always)]
+unsafe fn copy_run(from: *const f32, to: &mut [f32]) {
+    const STEP: usize = 8;
+    let len = to.len();
+    // SAFETY: as the caller promises; the last eight may be some of those before again.
+    unsafe {
+        if len < STEP || len > 8 * STEP {
+            from.copy_to_nonoverlapping(to.as_mut_ptr(), len);
+            return;
+        }
+        let last = len - STEP;
+        for at in (0..last).step_by(STEP).chain([last]) {
+            let values = from.add(at).cast::<[f32; STEP]>().read_unaligned();
+            to.as_mut_ptr()
+                .add(at)
+                .cast::<[f32; STEP]>()
+                .write_unaligned(values);
+        }
+    }
+}
+
 /// Shape of the weight sums: depth of a group, its outputs padded to panels. For Winograd's
 /// algorithm a group is a frequency.
 struct SumShape {
@@ -525,7 +552,7 @@ impl Layer {
         let widest = conv.in_channels * conv.stride * conv.stride + conv.out_channels;
         if weights.in_tiles() {
             // More than fits: weights are read once a block, and are several times larger.
-            let pixels = (WINOGRAD_VALUES / widest).clamp(128, 1024);
+            let pixels = (WINOGRAD_VALUES / widest).clamp(128, 512);
             return Block::divide(count, output, pixels, 4);
         }
         // Weights that the second-level cache does not hold are read anew for every block.
@@ -1663,8 +1690,7 @@ impl Layer {
                             std::slice::from_raw_parts(from, run_len)
                         } else {
                             for (tap, to) in taps.iter().zip(line.chunks_exact_mut(run_len)) {
-                                let from = std::slice::from_raw_parts(from.add(*tap), run_len);
-                                to.copy_from_slice(from);
+                                copy_run(from.add(*tap), to);
                             }
                             &line[..]
                         };

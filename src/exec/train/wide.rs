@@ -157,7 +157,7 @@ impl Wide {
         let sums = room(sums, winograd_training::products_len(count, outputs.len()));
         for start in (0..self.inputs).step_by(INPUTS) {
             let depth = INPUTS.min(self.inputs - start);
-            // Outputs of a ReLU are next to zero here and there, gradients are not asked for their sign.
+            // A digit decides on which side of a ReLU's corner an output is; behind a gradient is no corner.
             let chains = !self.turned;
             let piece = Frequencies::new(self.isa, [depth, outputs.len()], chains);
             piece.lend(room(weights, piece.values_len()));
