@@ -475,7 +475,7 @@ unsafe fn copy_run(from: *const f32, to: &mut [f32]) {
     let len = to.len();
     // SAFETY: as the caller promises; the last eight may be some of those before again.
     unsafe {
-        if len < STEP || len > 8 * STEP {
+        if !(STEP..=8 * STEP).contains(&len) {
             from.copy_to_nonoverlapping(to.as_mut_ptr(), len);
             return;
         }
@@ -1678,36 +1678,42 @@ impl Layer {
         line.resize(line.len().max(shape.depth), 0.0);
         let line = &mut line[..shape.depth];
         let mut row = at;
-        for (image, y) in block.image_rows() {
-            for x in 0..self.output.w {
-                // SAFETY: windows inside the strip, a row of the panels that is the task's own.
-                unsafe {
-                    let from = input.image(image);
-                    let from = from.add(window.offset(&input.layout, y, x) + channel);
-                    for group in 0..shape.groups {
-                        let from = from.add(group * ins);
-                        let values = if taps.len() == 1 {
-                            std::slice::from_raw_parts(from, run_len)
-                        } else {
-                            for (tap, to) in taps.iter().zip(line.chunks_exact_mut(run_len)) {
-                                copy_run(from.add(*tap), to);
+        memory.isa.compiled(
+            #[inline(always)]
+            || {
+                for (image, y) in block.image_rows() {
+                    for x in 0..self.output.w {
+                        // SAFETY: windows inside the strip, a row of the panels that is the task's own.
+                        unsafe {
+                            let from = input.image(image);
+                            let from = from.add(window.offset(&input.layout, y, x) + channel);
+                            for group in 0..shape.groups {
+                                let from = from.add(group * ins);
+                                let values = if taps.len() == 1 {
+                                    std::slice::from_raw_parts(from, run_len)
+                                } else {
+                                    for (tap, to) in taps.iter().zip(line.chunks_exact_mut(run_len))
+                                    {
+                                        copy_run(from.add(*tap), to);
+                                    }
+                                    &line[..]
+                                };
+                                let to = a.add(group * windows_apart);
+                                pack_row(values, to, stride, row);
                             }
-                            &line[..]
-                        };
-                        let to = a.add(group * windows_apart);
-                        pack_row(values, to, stride, row);
-                    }
-                    let dz = dz.image(image).add(dz.layout.offset(own + y, x));
-                    for group in 0..shape.groups {
-                        let from = dz.add(group * shape.outputs);
-                        let values = std::slice::from_raw_parts(from, shape.outputs);
-                        let to = z.add(group * gradients_apart);
-                        pack_row(values, to, stride, row);
+                            let dz = dz.image(image).add(dz.layout.offset(own + y, x));
+                            for group in 0..shape.groups {
+                                let from = dz.add(group * shape.outputs);
+                                let values = std::slice::from_raw_parts(from, shape.outputs);
+                                let to = z.add(group * gradients_apart);
+                                pack_row(values, to, stride, row);
+                            }
+                        }
+                        row += 1;
                     }
                 }
-                row += 1;
-            }
-        }
+            },
+        );
         let WeightSums::Lanes { sums, .. } = *sums else {
             return;
         };

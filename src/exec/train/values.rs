@@ -381,6 +381,7 @@ impl Memory<'_> {
     ///
     /// # Safety
     /// The block is the task's own.
+    #[allow(clippy::mut_from_ref)] // the contract makes the sums the caller's own
     unsafe fn norm_sums(&self, norm: NormId, block: usize) -> Option<([&mut [f32]; 2], &[f32])> {
         let norm = self.norm(norm);
         if norm.sums.is_empty() {
