@@ -3,7 +3,8 @@
 //!
 //! Transformed weights are four times as many, and memory would give them more slowly than they are multiplied.
 //! So they are never written: all tiles of the batch are transformed, and a task multiplies them for some of
-//! the outputs with weights that it transforms a piece at a time. What it adds to stays in its cache.
+//! the outputs with weights that it transforms a piece at a time. What it adds to stays in its cache. The weights'
+//! gradient goes the same way back, for all layers by tiles whose sums are too many to have several of them.
 
 use std::cell::RefCell;
 use std::ops::Range;
