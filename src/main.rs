@@ -14,7 +14,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const FAILURE: u8 = 2;
 
 fn main() -> ExitCode {
-    sconce::kernels::memory::keep_freed_memory();
+    sconce::kernels::memory::set_up_allocator();
     quiet_decoders();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

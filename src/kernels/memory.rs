@@ -182,20 +182,34 @@ pub fn in_large_pages(len: usize) -> Vec<f32> {
     values
 }
 
-/// Lets the allocator keep what is freed instead of handing it back to the system: while a network
-/// is loaded, each large vector would else be mapped, touched and unmapped anew.
+/// Has the allocator take addresses for two gibibytes from the system at once, in large pages, and keep what is
+/// freed: else each large vector would be mapped, touched and unmapped anew, in small pages. Memory is taken as it
+/// is touched, as ever. Called once, before there are threads.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
-pub fn keep_freed_memory() {
+pub fn set_up_allocator() {
     const LARGEST: libc::c_int = 1 << 30;
-    // SAFETY: settings of the allocator, which takes them at any time.
+    const RESERVED: libc::c_int = libc::c_int::MAX - (LARGE_PAGE as libc::c_int - 1);
+    const NEVER: libc::c_int = -1;
+    // SAFETY: settings of the allocator, which takes them at any time; the block is freed as it was allocated.
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, LARGEST);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, LARGEST);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, NEVER);
+        // More than it has at hand, so that it goes and takes what it then has in reserve.
+        libc::mallopt(libc::M_TOP_PAD, RESERVED);
+        let block = libc::malloc(LARGE_PAGE).cast::<u8>();
+        let end = libc::sbrk(0).cast::<u8>();
+        // Where it found no such room, the block lies elsewhere.
+        if let (Some(start), true) = (NonNull::new(block), block < end) {
+            let skipped = block.align_offset(LARGE_PAGE);
+            use_large_pages(start.add(skipped), end.addr() - block.addr() - skipped);
+        }
+        libc::free(block.cast());
+        libc::mallopt(libc::M_TOP_PAD, 16 * LARGE_PAGE as libc::c_int);
     }
 }
 
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-pub fn keep_freed_memory() {}
+pub fn set_up_allocator() {}
 
 /// Hands out blocks of a few large allocations, for values that are written once. Several threads
 /// may fill blocks at the same time.

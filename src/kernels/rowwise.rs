@@ -582,6 +582,7 @@ mod tests {
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
+    use super::super::tests::ACTIVATIONS;
     use super::*;
 
     /// Relative to the largest that is expected.
@@ -603,14 +604,7 @@ mod tests {
             };
             let [g, z] = [(); 2].map(|()| random(rows * c));
             let [scale, shift, a, b, mean] = [(); 5].map(|()| random(c));
-            let activation = [
-                None,
-                Some(Activation::Relu),
-                Some(Activation::Relu6),
-                Some(Activation::HardSigmoid),
-                Some(Activation::HardSwish),
-                Some(Activation::Gelu),
-            ][case / 2 % 6];
+            let activation = ACTIVATIONS[case / 2 % ACTIVATIONS.len()];
             let affine = Affine {
                 scale: &scale,
                 shift: &shift,

@@ -15,7 +15,7 @@ use super::winograd::{Scratch, Winograd};
 use super::{Border, Dims, Isa, Layout, Source, Target, Window, attention, elementwise, norm};
 use crate::graph::Activation;
 
-const ACTIVATIONS: [Option<Activation>; 6] = [
+pub(super) const ACTIVATIONS: [Option<Activation>; 6] = [
     None,
     Some(Activation::Relu),
     Some(Activation::Relu6),

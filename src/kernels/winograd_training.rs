@@ -109,29 +109,30 @@ pub enum Side {
     Gradient,
 }
 
-/// Transforms the tiles of one image's strip, which begins one row above and one column left of
-/// the first output pixel. The first becomes row `first` of the panels.
+/// Transforms the tiles of some images' strips, which begin one row above and one column left of the first
+/// output pixel. The first tile becomes row `first` of the panels.
 ///
 /// # Safety
-/// The strip reaches as far as the tiles, its channels fill whole panels, and the panels have
+/// The strips reach as far as the tiles, their channels fill whole panels, and the panels have
 /// those rows, for the caller alone.
 pub unsafe fn transform(
     isa: Isa,
     side: Side,
     tiles: Tiles,
-    strip: &Source,
-    image: usize,
+    (strips, images): (&Source, usize),
     to: TilePanels,
     first: usize,
 ) {
-    isa.dispatch(Transform {
-        side,
-        tiles,
-        strip,
-        image,
-        to,
-        first,
-    });
+    for image in 0..images {
+        isa.dispatch(Transform {
+            side,
+            tiles,
+            strip: strips,
+            image,
+            to,
+            first: first + image * tiles.count(),
+        });
+    }
 }
 
 struct Transform<'a> {

@@ -838,9 +838,7 @@ impl Layer {
                         let tiles = self.tiles(block.rows);
                         let strips = self.fill_tiles(memory, block, tiles, &mut scratch.input);
                         // SAFETY: the block's tiles are the task's own.
-                        unsafe {
-                            self.transform_block(memory, block, Side::Input, &strips, panels)
-                        };
+                        unsafe { self.transform_block(memory, block, &strips, panels) };
                     });
                 });
                 let (weight, bias) = (self.scaled(weight), &self.bias_values);
@@ -1171,11 +1169,12 @@ impl Layer {
         isa: Isa,
         weights: &Frequencies,
         tiles: Tiles,
-        (input, images): (&Source, usize),
+        strips: (&Source, usize),
         bias: &[f32],
         output: &Target,
         scratch: TileScratch,
     ) {
+        let (input, images) = strips;
         let count = tiles.count() * images;
         let (ins, outs) = (input.layout.dims.c, output.layout.dims.c);
         let panels = tile_panels(scratch.panels, ins, count);
@@ -1185,10 +1184,7 @@ impl Layer {
         );
         // SAFETY: the strips reach as far as the tiles; the scratch and the output are the task's.
         unsafe {
-            for image in 0..images {
-                let first = image * tiles.count();
-                winograd_training::transform(isa, Side::Input, tiles, input, image, panels, first);
-            }
+            winograd_training::transform(isa, Side::Input, tiles, strips, panels, 0);
             let pointer = products.as_mut_ptr();
             winograd_training::multiply(weights, panels, count, pointer, scratch.rows, false);
             for image in 0..images {
@@ -1394,7 +1390,7 @@ impl Layer {
         if let Some(wide) = &to.wide {
             let panels = wide.panels(memory.pointer(to.place));
             // SAFETY: the block's tiles are the task's own.
-            return unsafe { self.transform_block(memory, block, Side::Input, &dz, panels) };
+            return unsafe { self.transform_block(memory, block, &dz, panels) };
         }
         let width = self.input.w * self.input.c;
         let values = room(result, block.images * owned.len() * width);
@@ -1585,14 +1581,9 @@ impl Layer {
             }
         };
         for ((side, strip), to) in strips.into_iter().zip(panels) {
-            for image in 0..block.images {
-                let first = at + image * tiles.count();
-                // SAFETY: the strips reach as far as the tiles; rows of the panels that are the
-                // task's own.
-                unsafe {
-                    winograd_training::transform(memory.isa, side, tiles, strip, image, to, first);
-                }
-            }
+            let strips = (strip, block.images);
+            // SAFETY: the strips reach as far as the tiles; rows of the panels that are the task's own.
+            unsafe { winograd_training::transform(memory.isa, side, tiles, strips, to, at) };
         }
         let WeightSums::Lanes { sums, .. } = *sums else {
             return;
@@ -1613,7 +1604,7 @@ impl Layer {
         }
     }
 
-    /// Transforms the tiles of a block's strips into panels of all tiles.
+    /// Transforms the tiles of a block's strips, as an input, into panels of all tiles.
     ///
     /// # Safety
     /// The strips reach as far as the tiles; the panels' rows are the caller's own.
@@ -1621,18 +1612,15 @@ impl Layer {
         &self,
         memory: &Memory,
         block: &Block,
-        side: Side,
         strips: &Source,
         panels: TilePanels,
     ) {
         let tiles = self.tiles(block.rows);
-        let (start, _) = self.product_rows(block);
-        for image in 0..block.images {
-            let first = start + image * tiles.count();
-            // SAFETY: as the caller promises.
-            unsafe {
-                winograd_training::transform(memory.isa, side, tiles, strips, image, panels, first);
-            }
+        let (first, _) = self.product_rows(block);
+        let strips = (strips, block.images);
+        // SAFETY: as the caller promises.
+        unsafe {
+            winograd_training::transform(memory.isa, Side::Input, tiles, strips, panels, first);
         }
     }
 
