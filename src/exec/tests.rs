@@ -343,7 +343,7 @@ fn wide_convolutions(way: Way) {
         let x = b.add("flatten", Op::Flatten, &[x]);
         b.linear("head", third, 7, x);
         let graph = b.finish();
-        let size = [rng.random_range(5..15), rng.random_range(5..15)];
+        let size = [rng.random_range(6..16), rng.random_range(6..16)];
         let count = rng.random_range(2..12);
         let name = format!("case {case}, {count} x {size:?}, {first}, {second}, {third}");
         let frozen = match case {

@@ -45,6 +45,13 @@ impl Tiles {
         self.rows * self.columns
     }
 
+    /// Whether tiles over such a map take at most half as many products as its windows do: those that reach
+    /// beyond it compute outputs that nobody wants.
+    pub fn pay_off(height: usize, width: usize) -> bool {
+        const WINDOW: usize = 3 * 3;
+        2 * T * T * Self::over(height, width).count() <= WINDOW * height * width
+    }
+
     /// Rows of a strip that the tiles read: one above, and as far as the last tile reaches.
     pub fn strip_rows(&self) -> usize {
         self.rows * STEP + 2

@@ -656,7 +656,8 @@ impl Layer {
             && conv.groups == 1
             && conv.in_channels.min(conv.out_channels) >= 32
             && conv.in_channels.is_multiple_of(PANEL)
-            && conv.out_channels.is_multiple_of(PANEL);
+            && conv.out_channels.is_multiple_of(PANEL)
+            && Tiles::pay_off(output.h, output.w);
         let many = conv.weights() > CACHED_WEIGHTS;
         if winograd && many && WIDE_PIXELS.contains(&pixels) {
             return Weights::Wide {
