@@ -67,6 +67,20 @@ assets/coffee.png  600 x 400
         .stderr("");
 }
 
+/// Where the allocator cannot have as many addresses as it asks for at first.
+#[test]
+#[cfg(target_os = "linux")]
+fn few_addresses_are_enough() {
+    let script = "ulimit -v 1000000; exec \"$0\" classify -j 1 assets/coffee.png";
+    let output = Process::new("sh")
+        .args(["-c", script, env!("CARGO_BIN_EXE_sconce")])
+        .current_dir(repository(""))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(contains("espresso").eval(&String::from_utf8(output.stdout).unwrap()));
+}
+
 #[test]
 fn probabilities_are_torchvisions() {
     let records = records(&mut classify(&[
