@@ -99,6 +99,8 @@ pub(super) struct Layer {
     /// A clipping activation, which the output has gone through where it lies.
     pub activation: Option<Activation>,
     pub blocks: Vec<Block>,
+    /// How the gradients are computed, where it is by tiles; without a matrix unit the output too.
+    pub tiling: Option<Tiling>,
     pub weights: Weights,
     pub bias_values: Vec<f32>,
     pub backward: Option<Backward>,
@@ -110,6 +112,36 @@ pub(super) struct Folded {
     pub parameters: [ParameterId; 4],
     pub eps: f64,
     pub scale: Vec<f32>,
+}
+
+/// A convolution by Winograd's tiles.
+#[derive(Clone, Copy)]
+pub(super) enum Tiling {
+    /// Weights are transformed once for all pixels.
+    Whole,
+    /// They are transformed piece by piece, while they are multiplied (`wide.rs`).
+    Piecewise,
+}
+
+impl Tiling {
+    /// The best way for a convolution with so many images in a batch, if it is one by tiles.
+    pub fn of(conv: &Conv2d, images: usize, output: Dims) -> Option<Self> {
+        let possible = conv.padding.is_same_size(3)
+            && conv.kernel == [3, 3]
+            && conv.stride == 1
+            && conv.groups == 1
+            && conv.in_channels.min(conv.out_channels) >= 32
+            && conv.in_channels.is_multiple_of(PANEL)
+            && conv.out_channels.is_multiple_of(PANEL)
+            && Tiles::pay_off(output.h, output.w);
+        let pixels = images * output.pixels();
+        match conv.weights() > CACHED_WEIGHTS {
+            _ if !possible => None,
+            true if pixels < WIDE_PIXELS.start => None,
+            true if pixels < WIDE_PIXELS.end => Some(Self::Piecewise),
+            _ => Some(Self::Whole),
+        }
+    }
 }
 
 /// Weights as the kernels read them, filled anew for each step.
@@ -134,9 +166,21 @@ pub(super) enum Weights {
 }
 
 impl Weights {
-    /// Whether the convolution is one by Winograd's tiles.
-    fn in_tiles(&self) -> bool {
-        matches!(self, Self::Winograd { .. } | Self::Wide { .. })
+    /// Unfilled products of windows, for so many pixels.
+    fn dense(isa: Isa, conv: &Conv2d, pixels: usize) -> Self {
+        let [kh, kw] = conv.kernel;
+        let (ins, outs) = (
+            conv.in_channels / conv.groups,
+            conv.out_channels / conv.groups,
+        );
+        // Runs of values that follow each other behind a window's first.
+        let (runs, run) = match conv.groups {
+            1 => (kh, kw * ins),
+            _ => (kh * kw, ins),
+        };
+        let pack = |_| Product::new(isa, pixels, [runs, run], outs);
+        let groups = (0..conv.groups).map(pack).collect();
+        Self::Dense { groups, place: 0 }
     }
 
     fn on_matrix_unit(&self) -> bool {
@@ -548,9 +592,14 @@ impl Folded {
 
 impl Layer {
     /// The blocks of a batch, such that a block's strips stay in the cache.
-    pub fn blocks(conv: &Conv2d, weights: &Weights, count: usize, output: Dims) -> Vec<Block> {
+    pub fn blocks(
+        conv: &Conv2d,
+        tiling: Option<Tiling>,
+        weights: &Weights,
+        (count, output): (usize, Dims),
+    ) -> Vec<Block> {
         let widest = conv.in_channels * conv.stride * conv.stride + conv.out_channels;
-        if weights.in_tiles() {
+        if tiling.is_some() {
             // More than fits: weights are read once a block, and are several times larger.
             let pixels = (WINOGRAD_VALUES / widest).clamp(128, 512);
             return Block::divide(count, output, pixels, 4);
@@ -584,7 +633,7 @@ impl Layer {
     }
 
     fn is_winograd(&self) -> bool {
-        self.weights.in_tiles()
+        self.tiling.is_some()
     }
 
     /// Tiles over some rows of the output.
@@ -645,32 +694,28 @@ impl Layer {
         conv: &Conv2d,
         window: Window,
         (images, output): (usize, Dims),
-        exact: bool,
+        tiling: Option<Tiling>,
     ) -> Weights {
         let [kh, kw] = conv.kernel;
         let pixels = images * output.pixels();
-        let winograd = !exact
-            && conv.padding.is_same_size(3)
-            && conv.kernel == [3, 3]
-            && conv.stride == 1
-            && conv.groups == 1
-            && conv.in_channels.min(conv.out_channels) >= 32
-            && conv.in_channels.is_multiple_of(PANEL)
-            && conv.out_channels.is_multiple_of(PANEL)
-            && Tiles::pay_off(output.h, output.w);
-        let many = conv.weights() > CACHED_WEIGHTS;
-        if winograd && many && WIDE_PIXELS.contains(&pixels) {
-            return Weights::Wide {
-                wide: Wide::new(isa, conv.in_channels, images, output, false),
-                place: 0,
-            };
-        }
-        if winograd && (!many || pixels >= WIDE_PIXELS.end) {
-            let channels = [conv.in_channels, conv.out_channels];
-            return Weights::Winograd {
-                frequencies: Frequencies::new(isa, channels, true),
-                place: 0,
-            };
+        let channels = [conv.in_channels, conv.out_channels];
+        // Products of windows on a matrix unit take hardly longer than tiles by vectors, and lose fewer digits:
+        // what the first layers lose, those behind them multiply.
+        let tiling = tiling.filter(|_| !Weights::dense(isa, conv, pixels).on_matrix_unit());
+        match tiling {
+            Some(Tiling::Piecewise) => {
+                return Weights::Wide {
+                    wide: Wide::new(isa, conv.in_channels, images, output, false),
+                    place: 0,
+                };
+            }
+            Some(Tiling::Whole) => {
+                return Weights::Winograd {
+                    frequencies: Frequencies::new(isa, channels, true),
+                    place: 0,
+                };
+            }
+            None => {}
         }
         if conv.is_depthwise() {
             // The window of a strip, which begins with the first row that is read.
@@ -684,24 +729,13 @@ impl Layer {
                 weights: vec![0.0; kh * kw * conv.out_channels],
             });
         }
-        let (ins, outs) = (
-            conv.in_channels / conv.groups,
-            conv.out_channels / conv.groups,
-        );
-        // Runs of values that follow each other behind a window's first.
-        let (runs, run) = match conv.groups {
-            1 => (kh, kw * ins),
-            _ => (kh * kw, ins),
-        };
-        let pack = |_| Product::new(isa, pixels, [runs, run], outs);
-        let groups = (0..conv.groups).map(pack).collect();
-        Weights::Dense { groups, place: 0 }
+        Weights::dense(isa, conv, pixels)
     }
 
     pub fn new_input_gradient(
         isa: Isa,
         conv: &Conv2d,
-        weights: &Weights,
+        tiling: Option<Tiling>,
         (images, input): (usize, Dims),
         destination: Destination,
     ) -> InputGradient {
@@ -714,21 +748,21 @@ impl Layer {
             frequencies: None,
             wide: None,
         };
-        match weights {
-            Weights::Winograd { .. } => {
+        match tiling {
+            Some(Tiling::Whole) => {
                 let channels = [conv.out_channels, conv.in_channels];
                 return InputGradient {
                     frequencies: Some(Frequencies::new(isa, channels, false)),
                     ..empty
                 };
             }
-            Weights::Wide { .. } => {
+            Some(Tiling::Piecewise) => {
                 return InputGradient {
                     wide: Some(Wide::new(isa, conv.out_channels, images, input, true)),
                     ..empty
                 };
             }
-            Weights::Dense { .. } | Weights::Depthwise(_) => {}
+            None => {}
         }
         let [kh, kw] = conv.kernel;
         let s = conv.stride;

@@ -8,7 +8,7 @@
 
 use candle_core::{Result, bail};
 
-use super::conv::{self, Folded, Layer, Product, WeightSums, Weights};
+use super::conv::{self, Folded, Layer, Product, Tiling, WeightSums, Weights};
 use super::operation::{self, Kind, Operation, Resampling};
 use super::values::{Destination, Feed, Norm, NormId, OutputGradient, ParameterId, ValueId, View};
 use crate::exec::cpu::Options;
@@ -559,8 +559,9 @@ impl Lowering<'_> {
         let wanted = trained(weight) || bias.is_some_and(trained) || self.wanted[feed.value()];
         let z = self.new_value(output.len() * self.count, wanted);
         let index = self.layers.len();
-        let mut weights =
-            Layer::new_weights(self.isa, conv, window, (self.count, output), self.exact);
+        let batch = (self.count, output);
+        let tiling = Tiling::of(conv, self.count, output).filter(|_| !self.exact);
+        let mut weights = Layer::new_weights(self.isa, conv, window, batch, tiling);
         let mut uses = vec![feed.value(), z];
         let packed = match &mut weights {
             Weights::Dense { groups, place } => {
@@ -587,7 +588,8 @@ impl Lowering<'_> {
             moments: None,
             folded: None,
             activation: None,
-            blocks: Layer::blocks(conv, &weights, self.count, output),
+            blocks: Layer::blocks(conv, tiling, &weights, batch),
+            tiling,
             weights,
             bias_values: vec![0.0; output.c],
             backward: None,
@@ -917,7 +919,7 @@ impl Lowering<'_> {
         let input = destination.map(|to| {
             let layer = &self.layers[index];
             let images = (self.count, layer.input);
-            let mut input = Layer::new_input_gradient(isa, &conv, &layer.weights, images, to);
+            let mut input = Layer::new_input_gradient(isa, &conv, layer.tiling, images, to);
             input.place = self.new_value(input.len(), false);
             uses.push(input.place);
             input
