@@ -99,7 +99,7 @@ pub(super) struct Layer {
     /// A clipping activation, which the output has gone through where it lies.
     pub activation: Option<Activation>,
     pub blocks: Vec<Block>,
-    /// How the gradients are computed, where it is by tiles; without a matrix unit the output too.
+    /// How the gradients are computed, where it is by tiles. The output mostly is too.
     pub tiling: Option<Tiling>,
     pub weights: Weights,
     pub bias_values: Vec<f32>,
@@ -699,9 +699,12 @@ impl Layer {
         let [kh, kw] = conv.kernel;
         let pixels = images * output.pixels();
         let channels = [conv.in_channels, conv.out_channels];
-        // Products of windows on a matrix unit take hardly longer than tiles by vectors, and lose fewer digits:
-        // what the first layers lose, those behind them multiply.
-        let tiling = tiling.filter(|_| !Weights::dense(isa, conv, pixels).on_matrix_unit());
+        // Products of windows on a matrix unit lose fewer digits than tiles, and what the first layers lose, which
+        // are narrow, those behind them multiply.
+        const NARROW: usize = 128;
+        let directly = conv.in_channels.min(conv.out_channels) < NARROW
+            && Weights::dense(isa, conv, pixels).on_matrix_unit();
+        let tiling = tiling.filter(|_| !directly);
         match tiling {
             Some(Tiling::Piecewise) => {
                 return Weights::Wide {
