@@ -702,9 +702,10 @@ impl Layer {
         // Products of windows on a matrix unit lose fewer digits than tiles, and what the first layers lose, which
         // are narrow, those behind them multiply.
         const NARROW: usize = 128;
-        let directly = conv.in_channels.min(conv.out_channels) < NARROW
-            && Weights::dense(isa, conv, pixels).on_matrix_unit();
-        let tiling = tiling.filter(|_| !directly);
+        let tiling = tiling.filter(|_| {
+            let narrow = channels.iter().any(|&c| c < NARROW);
+            !narrow || !Weights::dense(isa, conv, pixels).on_matrix_unit()
+        });
         match tiling {
             Some(Tiling::Piecewise) => {
                 return Weights::Wide {
