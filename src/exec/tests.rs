@@ -321,7 +321,7 @@ fn norms_on_stored_statistics(way: Way) {
     }
 }
 
-/// 3x3 convolutions of many channels over few pixels, each as `exec/train/wide.rs` has it or just beyond.
+/// 3x3 convolutions of many channels over few pixels, each as `exec/train/conv/wide.rs` has it or just beyond.
 fn wide_convolutions(way: Way) {
     let mut rng = ChaCha8Rng::seed_from_u64(12);
     for case in 0..8 {

@@ -21,7 +21,6 @@ mod conv;
 mod lower;
 mod operation;
 mod values;
-mod wide;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

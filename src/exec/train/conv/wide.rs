@@ -9,8 +9,8 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::conv::room;
-use super::values::{Memory, Shared, ValueId};
+use super::super::values::{Memory, Shared, ValueId};
+use super::room;
 use crate::kernels::gemm::Rows;
 use crate::kernels::memory::Buffer;
 use crate::kernels::transposed::{self, PANEL, Panels};
@@ -21,7 +21,7 @@ use crate::kernels::winograd_training::{
 use crate::kernels::{Dims, Isa, Layout, Target};
 
 /// A convolution, or the gradient of one's input.
-pub(super) struct Wide {
+pub struct Wide {
     isa: Isa,
     inputs: usize,
     /// Of the whole batch.
@@ -196,7 +196,7 @@ impl Wide {
 ///
 /// # Safety
 /// The values hold panels of so many tiles, and behind `to` lies the gradient; no task runs.
-pub(super) unsafe fn weights_gradient(
+pub unsafe fn weights_gradient(
     memory: &Memory,
     [windows, gradients]: [ValueId; 2],
     tiles: usize,
