@@ -93,15 +93,16 @@ fn load(row: &ModelRow) -> Golden {
 
 /// Checks the rows of one family, so that families run side by side.
 fn check_family(family: &str) {
-    let rows = registry::all()
-        .iter()
-        .filter(|r| r.architecture.family() == family);
+    check_rows(|row| row.architecture.family() == family);
+}
+
+fn check_rows(wanted: impl Fn(&ModelRow) -> bool) {
     let mut checked = 0;
-    for row in rows {
+    for row in registry::all().iter().filter(|row| wanted(row)) {
         check(row);
         checked += 1;
     }
-    assert!(checked > 0, "no network of family {family}");
+    assert!(checked > 0, "no such network");
 }
 
 fn check(row: &ModelRow) {
@@ -331,9 +332,23 @@ fn shufflenet_v2() {
     check_family("ShuffleNetV2");
 }
 
+/// Half of the time goes into these: side by side they take half as long.
 #[test]
-fn vision_transformer() {
-    check_family("Vision Transformer");
+fn vision_transformer_base() {
+    check_rows(|row| is_transformer(row) && !is_large(row));
+}
+
+#[test]
+fn vision_transformer_large() {
+    check_rows(|row| is_transformer(row) && is_large(row));
+}
+
+fn is_transformer(row: &ModelRow) -> bool {
+    row.architecture.family() == "Vision Transformer"
+}
+
+fn is_large(row: &ModelRow) -> bool {
+    row.name.starts_with("vit_l")
 }
 
 #[test]
