@@ -54,6 +54,24 @@ fn folder(files: &[&str]) -> TempDir {
 }
 
 #[test]
+fn instruction_sets_are_known_by_name() {
+    for name in ["", "vectors", "avx2", "portable"] {
+        let mut command = classify(&["assets/coffee.png"]);
+        command.env("SCONCE_ISA", name);
+        let found = records(&mut command);
+        assert_eq!(label(&found[0]), "espresso", "{name}");
+    }
+    let mut command = classify(&["assets/coffee.png"]);
+    command
+        .env("SCONCE_ISA", "avx9")
+        .assert()
+        .code(2)
+        .stderr(contains(
+            "SCONCE_ISA=avx9: no instruction set of that name; there are vectors, avx2, portable",
+        ));
+}
+
+#[test]
 fn a_photo_gets_labels_a_person_can_read() {
     let expected = "\
 assets/coffee.png  600 x 400

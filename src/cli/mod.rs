@@ -29,6 +29,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::exec::cpu::Options;
 use crate::exec::{DeviceChoice, DeviceError, Precision, check_precision};
 use crate::hub::Hub;
+use crate::kernels::Isa;
 use crate::ranks::{Ranks, local};
 use crate::weights::{Model, Request, WeightsChoice};
 
@@ -196,6 +197,7 @@ impl Cli {
         // What the first one says is enough.
         self.global.quiet |= !ranks.is_first();
         self.global.verbose &= ranks.is_first();
+        Isa::check_environment().map_err(anyhow::Error::msg)?;
         let together = matches!(
             self.command,
             Command::Finetune(_) | Command::Classify(_) | Command::Evaluate(_)

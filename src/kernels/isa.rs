@@ -1,5 +1,9 @@
 use pulp::{Arch, Simd, WithSimd};
 
+/// The environment variable that forces an instruction set.
+const VARIABLE: &str = "SCONCE_ISA";
+const NAMES: [&str; 3] = ["vectors", "avx2", "portable"];
+
 /// The instruction set that kernels use.
 #[derive(Clone, Copy, Debug)]
 pub struct Isa {
@@ -10,14 +14,17 @@ pub struct Isa {
 
 impl Isa {
     /// The best that this machine has (AVX-512, AVX2 with FMA, NEON; products on AMX, where there is
-    /// that). The environment variable `SCONCE_ISA` forces another: `vectors` leaves out matrix units, and
-    /// `portable` is plain scalar code, which runs anywhere.
+    /// that). The environment variable `SCONCE_ISA` forces another: `vectors` leaves out matrix units,
+    /// `avx2` AVX-512 too, and `portable` is plain scalar code, which runs anywhere.
     pub fn detect() -> Self {
-        let name = std::env::var_os("SCONCE_ISA").unwrap_or_default();
+        let name = std::env::var_os(VARIABLE).unwrap_or_default();
         if name == "portable" {
             return Self::portable();
         }
         let isa = Self::of(Arch::new());
+        if name == "avx2" {
+            return isa.narrower();
+        }
         #[cfg(target_arch = "x86_64")]
         if name != "vectors" && isa.avx512().is_some() && super::amx::is_available() {
             return Self {
@@ -26,6 +33,22 @@ impl Isa {
             };
         }
         isa
+    }
+
+    /// # Errors
+    /// Where the environment variable `SCONCE_ISA` has a value that [`Isa::detect`] does not know, and takes
+    /// for none.
+    pub fn check_environment() -> Result<(), String> {
+        match std::env::var_os(VARIABLE) {
+            Some(name) if !name.is_empty() && NAMES.iter().all(|known| name != *known) => {
+                Err(format!(
+                    "{VARIABLE}={}: no instruction set of that name; there are {}",
+                    name.display(),
+                    NAMES.join(", ")
+                ))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// No vectors at all.

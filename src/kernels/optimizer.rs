@@ -170,7 +170,7 @@ mod tests {
         for count in [0, 1, 15, 16, 17, 1000] {
             let values: Vec<f32> = (0..count).map(|i| i as f32).collect();
             let expected: f64 = (0..count).map(|i| f64::from(i) * f64::from(i)).sum();
-            for isa in [Isa::detect(), Isa::portable()] {
+            for isa in [Isa::detect(), Isa::detect().narrower(), Isa::portable()] {
                 assert_eq!(sum_of_squares(isa, &values), expected);
             }
         }
