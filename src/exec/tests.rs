@@ -10,7 +10,7 @@ use candle_nn::var_builder::VarBuilder;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::cpu::Options;
+use super::cpu::{Options, Plan};
 use super::cuda::{CudaNetwork, CudaStep};
 use super::eager::{Eager, Mode, Observed};
 use super::params::Params;
@@ -264,6 +264,11 @@ macro_rules! tests_of {
             }
 
             #[test]
+            fn maps_smaller_than_kernels() {
+                super::maps_smaller_than_kernels(WAY);
+            }
+
+            #[test]
             fn operations_of_random_shapes() {
                 super::operations_of_random_shapes(WAY);
             }
@@ -355,6 +360,70 @@ fn wide_convolutions(way: Way) {
         };
         compare_graphs(way, &name, &graph, count, size, &frozen, [1e-4, 3e-4]);
     }
+}
+
+fn maps_smaller_than_kernels(way: Way) {
+    let mut rng = ChaCha8Rng::seed_from_u64(14);
+    for case in 0..40 {
+        let (graph, size) = over_a_small_map(&mut rng);
+        let count = rng.random_range(2..6);
+        let name = format!("case {case}, {count} x {size:?}, {:?}", graph.nodes());
+        let frozen = match case % 3 {
+            0 => parameters_of(&graph, &["first"]),
+            _ => BTreeSet::new(),
+        };
+        compare_graphs(way, &name, &graph, count, size, &frozen, [1e-4, 3e-4]);
+    }
+}
+
+#[test]
+fn inference_over_maps_smaller_than_kernels() {
+    let mut rng = ChaCha8Rng::seed_from_u64(15);
+    for case in 0..120 {
+        let (graph, size) = over_a_small_map(&mut rng);
+        let count = rng.random_range(1..6);
+        let variables = variables(&graph, &BTreeSet::new(), 1, &Device::Cpu);
+        let tensors = variables.tensors().clone().into_iter().collect();
+        let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+        let images = random(&mut rng, &[count, 3, size[0], size[1]]);
+        let eager = Eager::new(graph.clone(), &vb).unwrap();
+        let expected = values(&eager.forward(&images).unwrap()).unwrap();
+        let options = Options::threads(2);
+        let mut plan = Plan::compile(&graph, &vb, size, &[graph.output()], options).unwrap();
+        let images = images.permute((0, 2, 3, 1)).unwrap();
+        plan.run(&values(&images.contiguous().unwrap()).unwrap(), count);
+        let error = distance(plan.output(0), &expected) / size_of(&expected);
+        let name = format!("case {case}, {count} x {size:?}, {:?}", graph.nodes());
+        assert!(error < 1e-5, "{name}: {error}");
+    }
+}
+
+/// Convolutions of every kind one after another, and images of a few pixels.
+fn over_a_small_map(rng: &mut ChaCha8Rng) -> (Graph, [usize; 2]) {
+    let mut b = Builder::new(InitScheme::FanIn);
+    let channels = [32, 48, 264][rng.random_range(0..3)];
+    let x = b.input();
+    let x = b.conv("first", Conv2d::new(3, channels, 3), x);
+    let x = b.activation("first.act", Activation::Gelu, x);
+    let kernel = rng.random_range(2..6);
+    let conv = Conv2d {
+        stride: rng.random_range(1..3),
+        groups: [1, 4, channels / 8, channels][rng.random_range(0..4)],
+        bias: rng.random(),
+        padding: match rng.random() {
+            true => Padding::Same,
+            false => Padding::Symmetric(kernel / 2),
+        },
+        ..Conv2d::new(channels, channels, kernel)
+    };
+    let x = b.conv("second", conv, x);
+    let x = b.activation("second.act", Activation::HardSwish, x);
+    let x = b.conv("third", Conv2d::new(channels, channels, 3), x);
+    let x = b.activation("third.act", Activation::Gelu, x);
+    let x = b.add("pool", Op::GlobalAvgPool, &[x]);
+    let x = b.add("flatten", Op::Flatten, &[x]);
+    b.linear("head", channels, 7, x);
+    (b.finish(), [0; 2].map(|_| rng.random_range(1..5)))
 }
 
 /// Networks of one operation after another, with shapes that nobody would choose. Activations are

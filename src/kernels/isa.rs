@@ -35,9 +35,10 @@ impl Isa {
         isa
     }
 
+    /// Checks the environment variable `SCONCE_ISA`.
+    ///
     /// # Errors
-    /// Where the environment variable `SCONCE_ISA` has a value that [`Isa::detect`] does not know, and takes
-    /// for none.
+    /// Where it has a value that [`Isa::detect`] does not know, and takes for none.
     pub fn check_environment() -> Result<(), String> {
         match std::env::var_os(VARIABLE) {
             Some(name) if !name.is_empty() && NAMES.iter().all(|known| name != *known) => {

@@ -37,6 +37,7 @@ mod amx;
 pub mod attention;
 pub mod attention_gradient;
 pub mod bottleneck;
+pub mod crop;
 pub mod depthwise;
 pub mod depthwise_gradient;
 pub mod elementwise;

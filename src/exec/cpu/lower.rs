@@ -1,5 +1,7 @@
 //! From the graph to steps: fusion, packed weights, lifetimes.
 
+use std::borrow::Cow;
+
 use candle_nn::var_builder::VarBuilder;
 
 use super::arena::{Lifetime, ValueId};
@@ -10,6 +12,7 @@ use crate::graph::{
     Activation, Conv2d, Graph, Node, NodeId, Op, Padding, Parameter, Pool2d, Shape,
 };
 use crate::kernels::bottleneck::{Bottleneck, Expansion};
+use crate::kernels::crop::Crop;
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::{Packed, Store};
 use crate::kernels::grouped::Grouped;
@@ -288,17 +291,20 @@ impl<'a> Lowering<'a> {
         let input_dims = self.dims[node.inputs[0].index()];
         let output_dims = self.dims[id.index()];
         let window = window(input_dims, c.kernel, c.stride, c.padding);
+        let crop = Crop::of(window, input_dims, output_dims);
+        let window = crop.as_ref().map_or(window, |crop| crop.window(window));
         let tail = self.tail(id)?;
         let bias = bias.first().map(|b| self.values(b)).transpose()?;
         let store = tail.store(bias.as_deref());
         let mut source = self.input(node, 0);
         let (scale, isa) = (&tail.scale, self.options.isa);
-        let [kh, kw] = c.kernel;
+        let [kh, kw] = window.kernel;
         let border;
         let kind = if c.is_depthwise() {
             source = self.materialize(source);
             border = window.border(input_dims, output_dims);
             let weight = self.values(weight)?;
+            let weight = cut(crop.as_ref(), &weight);
             let area = kh * kw;
             let channels = output_dims.c;
             let value = |i: usize| {
@@ -315,6 +321,7 @@ impl<'a> Lowering<'a> {
             source = self.materialize(source);
             border = window.border(input_dims, output_dims);
             let weight = self.values(weight)?;
+            let weight = cut(crop.as_ref(), &weight);
             let ins = c.in_channels / c.groups;
             let channels = [c.in_channels, c.groups];
             let conv = Grouped::new(isa, window, channels, |o, i, tap| {
@@ -329,11 +336,12 @@ impl<'a> Lowering<'a> {
             let ins = c.in_channels / c.groups;
             let channels = [c.in_channels, c.groups];
             let weight = self.values(weight)?;
+            let weight = cut(crop.as_ref(), &weight);
             let conv = GroupedStrip::new(isa, window, channels, |o, i, tap| {
                 (f64::from(weight[(o * ins + i) * kh * kw + tap]) * scale[o]) as f32
             });
             Kind::GroupedStrip { conv, store }
-        } else if let Some(tile) = self.winograd_tile(c, &window) {
+        } else if let Some(tile) = self.winograd_tile(c, &window, output_dims) {
             source = self.materialize(source);
             let conv = Winograd::unfilled(isa, tile, [c.out_channels, c.in_channels]);
             let (later, scale) = (conv.share(), tail.scale.clone());
@@ -358,6 +366,7 @@ impl<'a> Lowering<'a> {
             let later: Vec<Packed> = groups.iter().map(Packed::share).collect();
             let scale = tail.scale.clone();
             self.later(weight, move |slab, weight| {
+                let weight = cut(crop.as_ref(), weight);
                 let weights = weight.chunks_exact(outs * depth);
                 for ((packed, weight), scale) in later.iter().zip(weights).zip(scale.chunks(outs)) {
                     packed.store(slab, weight, [ins, area], scale);
@@ -378,20 +387,24 @@ impl<'a> Lowering<'a> {
 
     /// Rows of the tile with which Winograd's algorithm computes the convolution, where it serves:
     /// by the layer alone, so that an image's result does not depend on its batch.
-    fn winograd_tile(&self, c: &Conv2d, window: &Window) -> Option<usize> {
+    fn winograd_tile(&self, c: &Conv2d, window: &Window, output: Dims) -> Option<usize> {
+        // Transformed weights grow with the square of the tile: beyond this they cost more to
+        // read than they save.
+        let tile = if c.in_channels <= 256 { 6 } else { 4 };
+        let tiles = [output.h, output.w].map(|size| size.div_ceil(tile - 2));
         let serves = !self.options.exact
             && c.padding.is_same_size(3)
             && c.groups == 1
             && c.stride == 1
-            && window.kernel == [3, 3]
-            && window.before == [1, 1]
+            && c.kernel == [3, 3]
+            && (window.kernel, window.before) == ([3, 3], [1, 1])
             && c.in_channels.min(c.out_channels) >= 32
             && Winograd::fits(self.options.isa, c.in_channels, c.out_channels)
             // A matrix unit has computed them all before so many transformed weights are read.
-            && (c.in_channels <= 256 || !self.options.isa.has_matrix_unit());
-        // Transformed weights grow with the square of the tile: beyond this they cost more to
-        // read than they save.
-        serves.then_some(if c.in_channels <= 256 { 6 } else { 4 })
+            && (c.in_channels <= 256 || !self.options.isa.has_matrix_unit())
+            // Over a few pixels most of a tile lies beside them.
+            && tiles[0] * tiles[1] * tile * tile < 9 * output.pixels();
+        serves.then_some(tile)
     }
 
     /// A linear layer over the pixels of `source`, with what follows node `id` taken in.
@@ -808,6 +821,14 @@ fn fold_batch_norm(parameters: &[Vec<f32>], eps: f64) -> (Vec<f64>, Vec<f64>) {
             (scale, f64::from(bias[c]) - f64::from(mean[c]) * scale)
         })
         .unzip()
+}
+
+/// What is left of weights.
+fn cut<'a>(crop: Option<&Crop>, weights: &'a [f32]) -> Cow<'a, [f32]> {
+    match crop {
+        Some(crop) => crop.cut(weights).into(),
+        None => weights.into(),
+    }
 }
 
 pub(in crate::exec) fn window(

@@ -16,6 +16,7 @@ use crate::exec::cpu::arena::{Lifetime, place};
 use crate::exec::cpu::lower::{layout, window};
 use crate::exec::eager::too_few_for_variance;
 use crate::graph::{Activation, Conv2d, Graph, NodeId, Op, Padding};
+use crate::kernels::crop::Crop;
 use crate::kernels::{Dims, Isa, Window, resample};
 
 /// One step of a batch.
@@ -560,8 +561,14 @@ impl Lowering<'_> {
         let z = self.new_value(output.len() * self.count, wanted);
         let index = self.layers.len();
         let batch = (self.count, output);
-        let tiling = Tiling::of(conv, self.count, output).filter(|_| !self.exact);
-        let mut weights = Layer::new_weights(self.isa, conv, window, batch, tiling);
+        let crop = Crop::of(window, input, output);
+        let window = crop.as_ref().map_or(window, |crop| crop.window(window));
+        let conv = Conv2d {
+            kernel: window.kernel,
+            ..conv.clone()
+        };
+        let tiling = Tiling::of(&conv, self.count, output).filter(|_| !self.exact);
+        let mut weights = Layer::new_weights(self.isa, &conv, window, batch, tiling);
         let mut uses = vec![feed.value(), z];
         let packed = match &mut weights {
             Weights::Dense { groups, place } => {
@@ -577,8 +584,9 @@ impl Lowering<'_> {
         }
         self.layers.push(Layer {
             name: self.graph.node(id).name.clone(),
-            conv: conv.clone(),
             window,
+            crop,
+            cut: Vec::new(),
             input,
             output,
             feed,
@@ -588,7 +596,8 @@ impl Lowering<'_> {
             moments: None,
             folded: None,
             activation: None,
-            blocks: Layer::blocks(conv, tiling, &weights, batch),
+            blocks: Layer::blocks(&conv, tiling, &weights, batch),
+            conv,
             tiling,
             weights,
             bias_values: vec![0.0; output.c],

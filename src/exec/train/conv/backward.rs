@@ -2,14 +2,18 @@
 
 use std::ops::Range;
 
-use super::super::values::{Destination, Memory, OutputGradient, ParameterId, Strip, ValueId};
+use super::super::values::{
+    Destination, Memory, OutputGradient, ParameterId, Shared, Strip, ValueId,
+};
 use super::product::{Matrix, PanelRows, Product};
 use super::tiles::{TileScratch, Tiling, transform_weights};
 use super::wide::Wide;
 use super::{Block, Layer, SCRATCH, Scratch, WeightSums, Weights, room};
 use crate::graph::Conv2d;
+use crate::kernels::crop::Crop;
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::{Epilogue, Rows};
+use crate::kernels::memory::in_large_pages;
 use crate::kernels::winograd::LINE;
 use crate::kernels::winograd_training::{Frequencies, Side};
 use crate::kernels::{
@@ -58,6 +62,29 @@ pub struct Phase {
     pub taps: [usize; 2],
     /// For each group: depth in the order of gradient rows, columns, outputs.
     pub groups: Vec<Product>,
+}
+
+/// The gradient of whole kernels from that of what is left of them.
+fn whole_gradient(memory: &Memory, crop: &Crop, cut: &[f32]) -> Vec<f32> {
+    // Kernels of a task.
+    const KERNELS: usize = 16 << 10;
+    let [whole, left] = crop.areas();
+    let count = cut.len() / left;
+    let mut gradient = in_large_pages(count * whole);
+    let to = Shared(gradient.as_mut_ptr());
+    memory.pool.run(count.div_ceil(KERNELS), |task| {
+        let kernels = task * KERNELS..((task + 1) * KERNELS).min(count);
+        // SAFETY: the task's own kernels, in a vector with room for all; made values before they are lent.
+        let out = unsafe {
+            let out = to.get().add(kernels.start * whole);
+            out.write_bytes(0, kernels.len() * whole);
+            std::slice::from_raw_parts_mut(out, kernels.len() * whole)
+        };
+        crop.restore(&cut[kernels.start * left..kernels.end * left], out);
+    });
+    // SAFETY: the tasks are all kernels.
+    unsafe { gradient.set_len(count * whole) };
+    gradient
 }
 
 impl Layer {
@@ -143,7 +170,7 @@ impl Layer {
         let Some(input) = &backward.input else {
             return;
         };
-        let weight = self.scaled(weight);
+        let weight = self.own_weights(weight);
         if let Some(frequencies) = &input.frequencies {
             let weight = (&*weight, self.input.c);
             return transform_weights(memory, frequencies, input.place, weight, true);
@@ -240,6 +267,9 @@ impl Layer {
             let mut gradient = self.weight_gradient(memory, sums);
             if let Some(folded) = &self.folded {
                 folded.scale_rows(&mut gradient);
+            }
+            if let Some(crop) = &self.crop {
+                gradient = whole_gradient(memory, crop, &gradient);
             }
             emit(self.weight, gradient);
         }

@@ -13,7 +13,7 @@ impl Layer {
         let (groups, place) = match &self.weights {
             Weights::Dense { groups, place } => (groups, place),
             Weights::Winograd { frequencies, place } => {
-                let weight = self.scaled(weight);
+                let weight = self.own_weights(weight);
                 let weight = (&*weight, self.input.c);
                 return transform_weights(memory, frequencies, *place, weight, false);
             }
@@ -28,7 +28,7 @@ impl Layer {
                         unsafe { self.transform_block(memory, block, &strips, panels) };
                     });
                 });
-                let (weight, bias) = (self.scaled(weight), &self.bias_values);
+                let (weight, bias) = (self.own_weights(weight), &self.bias_values);
                 // SAFETY: all tiles have been transformed; the output is this layer's.
                 return unsafe {
                     wide.multiply(memory, &weight, panels, bias, memory.pointer(self.z));
@@ -36,7 +36,7 @@ impl Layer {
             }
             Weights::Depthwise(_) => return,
         };
-        let weight = self.scaled(weight);
+        let weight = self.own_weights(weight);
         let [kh, kw] = self.window.kernel;
         let area = kh * kw;
         let ins = self.input.c / self.conv.groups;

@@ -24,6 +24,7 @@ use std::cell::RefCell;
 
 use super::values::{Feed, Memory, NormId, ParameterId, Strip, ValueId};
 use crate::graph::{Activation, Conv2d};
+use crate::kernels::crop::Crop;
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::gemm::Rows;
 use crate::kernels::memory::{Buffer, LARGE_PAGE_VALUES};
@@ -92,8 +93,12 @@ impl Block {
 /// One convolution or linear layer.
 pub(super) struct Layer {
     pub name: String,
+    /// Its kernel is what `crop` leaves of the parameter's.
     pub conv: Conv2d,
     pub window: Window,
+    pub crop: Option<Crop>,
+    /// What is left of the weights, where there is a `crop`.
+    pub cut: Vec<f32>,
     /// Channels are those that are read, not all of the value's.
     pub input: Dims,
     pub output: Dims,
@@ -289,24 +294,33 @@ impl Layer {
         self.window.kernel == [1, 1] && self.window.before == [0, 0]
     }
 
-    /// Takes the parameters as they are now, with those of a norm that becomes part of them.
+    /// Takes the parameters as they are now, with those of a norm that becomes part of them. Weights of
+    /// products are packed later, right before they are used.
     pub fn load(&mut self, weight: &[f32], bias: Option<&[f32]>, norm: Option<[Vec<f32>; 4]>) {
-        let (Some(folded), Some([gamma, beta, mean, variance])) = (&mut self.folded, norm) else {
-            return self.load_plain(weight, bias);
-        };
-        let mut shift = vec![0.0; gamma.len()];
-        for c in 0..gamma.len() {
-            let scale = f64::from(gamma[c]) / (f64::from(variance[c]) + folded.eps).sqrt();
-            let bias = bias.map_or(0.0, |bias| f64::from(bias[c]));
-            folded.scale[c] = scale as f32;
-            shift[c] = (f64::from(beta[c]) + (bias - f64::from(mean[c])) * scale) as f32;
+        match bias {
+            Some(bias) => self.bias_values.copy_from_slice(bias),
+            None => self.bias_values.fill(0.0),
         }
-        let scaled = self.scaled(weight).into_owned();
-        self.load_plain(&scaled, Some(&shift));
+        if let (Some(folded), Some([gamma, beta, mean, variance])) = (&mut self.folded, norm) {
+            for (c, bias) in self.bias_values.iter_mut().enumerate() {
+                let scale = f64::from(gamma[c]) / (f64::from(variance[c]) + folded.eps).sqrt();
+                folded.scale[c] = scale as f32;
+                *bias =
+                    (f64::from(beta[c]) + (f64::from(*bias) - f64::from(mean[c])) * scale) as f32;
+            }
+        }
+        if let Some(crop) = &self.crop {
+            self.cut = crop.cut(weight);
+        }
+        if self.is_depthwise() {
+            let weight = self.own_weights(weight).into_owned();
+            self.load_depthwise(&weight);
+        }
     }
 
-    /// Weights times the scales of a norm that is part of them.
-    fn scaled<'a>(&self, weight: &'a [f32]) -> Cow<'a, [f32]> {
+    /// What is left of the weights, times the scales of a norm that is part of them.
+    fn own_weights<'a>(&'a self, weight: &'a [f32]) -> Cow<'a, [f32]> {
+        let weight = self.crop.as_ref().map_or(weight, |_| &self.cut);
         let Some(folded) = &self.folded else {
             return weight.into();
         };
@@ -315,14 +329,10 @@ impl Layer {
         scaled.into()
     }
 
-    fn load_plain(&mut self, weight: &[f32], bias: Option<&[f32]>) {
+    fn load_depthwise(&mut self, weight: &[f32]) {
         let [kh, kw] = self.window.kernel;
         let area = kh * kw;
         let channels = self.output.c;
-        match bias {
-            Some(bias) => self.bias_values.copy_from_slice(bias),
-            None => self.bias_values.fill(0.0),
-        }
         if let Weights::Depthwise(conv) = &mut self.weights {
             for tap in 0..area {
                 for c in 0..channels {
