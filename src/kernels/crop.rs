@@ -62,10 +62,9 @@ impl Crop {
         cut
     }
 
-    /// Whole kernels with these values where they were cut from, and zeros elsewhere.
+    /// Puts values to where they were cut from. What was not left stays as it is.
     pub fn restore(&self, cut: &[f32], kernels: &mut [f32]) {
         let [whole, left] = self.areas();
-        kernels.fill(0.0);
         for (kernel, cut) in kernels.chunks_exact_mut(whole).zip(cut.chunks_exact(left)) {
             for (row, cut) in self.rows().zip(cut.chunks_exact(self.taps[1].len())) {
                 kernel[row].copy_from_slice(cut);
@@ -121,7 +120,7 @@ mod tests {
             assert_eq!(rest.kernel[0] * rest.kernel[1], cut.len());
             let first = (rest.before[0] * kernel + rest.before[1]) as f32;
             assert_eq!(first + cut[0], (before * kernel + before + 1) as f32);
-            let mut restored = vec![f32::NAN; kernels.len()];
+            let mut restored = vec![0.0; kernels.len()];
             crop.restore(&cut, &mut restored);
             for (value, restored) in kernels.iter().zip(restored) {
                 assert_eq!(restored, if cut.contains(value) { *value } else { 0.0 });

@@ -74,7 +74,7 @@ fn whole_gradient(memory: &Memory, crop: &Crop, cut: &[f32]) -> Vec<f32> {
     let to = Shared(gradient.as_mut_ptr());
     memory.pool.run(count.div_ceil(KERNELS), |task| {
         let kernels = task * KERNELS..((task + 1) * KERNELS).min(count);
-        // SAFETY: the task's own kernels, in a vector with room for all; made values before they are lent.
+        // SAFETY: the task's own kernels, in a vector with room for all; zeros before they are lent.
         let out = unsafe {
             let out = to.get().add(kernels.start * whole);
             out.write_bytes(0, kernels.len() * whole);

@@ -184,10 +184,10 @@ impl Weights {
 
 /// A block's strips should stay in the second-level cache.
 const STRIP_VALUES: usize = 64 << 10;
+/// More than fit, for tiles: their weights are read once a block, and are several times as many.
+const WINOGRAD_VALUES: usize = 128 << 10;
 /// Weights that the second-level cache holds.
 const CACHED_WEIGHTS: usize = 256 << 10;
-/// The same for tiles, whose weights are read once a block, and are several times as many.
-const WINOGRAD_VALUES: usize = 128 << 10;
 
 #[derive(Default)]
 struct Scratch {

@@ -11,8 +11,8 @@ use crate::kernels::transposed::{self, PANEL, Panels, padded};
 use crate::kernels::winograd_training::{self, Frequencies, Kernels, Side, TilePanels, Tiles};
 use crate::kernels::{Dims, Isa, Source, Target};
 
-/// Pixels of a batch from which more weights than that are worth transforming, and from which they had better be
-/// transformed once for all of them.
+/// Pixels of a batch from which more than [`CACHED_WEIGHTS`] are worth transforming, and from which they had better
+/// be transformed once for all of them.
 const WIDE_PIXELS: Range<usize> = 100..1200;
 
 /// A convolution by Winograd's tiles.
