@@ -216,8 +216,10 @@ fn photo_batches(steps: usize) -> Vec<(Tensor, Vec<usize>)> {
     draws.chunks(BATCH).take(steps).map(batch).collect()
 }
 
-/// Follows PyTorch's losses for so many steps of 16 photos: within twice the largest gap so far
-/// between its own runs, which differ in the memory layout or in the images' last digits; never
+/// Follows PyTorch's losses for so many steps of 16 photos: within twice the gap between its two memory
+/// layouts, the largest of the curve. That gap is small by luck at single steps, where exact arithmetic would
+/// not be within it (`exact` in tests/oracle/training.py), so that what is asked of each step is twice the
+/// largest gap so far between six runs, of which four have images that differ in their last digits. Never
 /// asked below a thousandth.
 fn check_curve(name: &str, optimizer: &str, steps: usize, way: Way) {
     const CLASSES: usize = 12;
@@ -226,6 +228,7 @@ fn check_curve(name: &str, optimizer: &str, steps: usize, way: Way) {
     let [first, others @ ..] = &curves[name][optimizer][..] else {
         panic!("no runs")
     };
+    let tolerance = |gap: f64| (2.0 * gap).max(1e-3);
     let device = way.device();
     let (graph, variables) = network(name, CLASSES, &device);
     let mut step = way.step(graph, &variables);
@@ -246,7 +249,7 @@ fn check_curve(name: &str, optimizer: &str, steps: usize, way: Way) {
     let groups = vec![group; step.parameters().len()];
     let mut optimizer_state = Optimizer::new(rule, step.parameters(), groups).unwrap();
     let workers = Workers::new(2).unwrap();
-    let mut gap: f64 = 0.0;
+    let (mut gap, mut layouts, mut largest): (f64, f64, f64) = (0.0, 0.0, 0.0);
     for (i, (images, labels)) in photo_batches(steps).iter().enumerate() {
         let logits = step
             .forward(
@@ -267,19 +270,18 @@ fn check_curve(name: &str, optimizer: &str, steps: usize, way: Way) {
             .step(step.parameters(), &gradients, rate, 1.0, &workers)
             .unwrap();
         let expected = first[i];
-        for other in others {
-            gap = gap.max((expected - other[i]).abs() / expected);
-        }
-        let error = (loss - expected).abs() / expected;
-        let tolerance = (2.0 * gap).max(1e-3);
-        println!(
-            "{name} {optimizer} {i}: {loss:.5}, {expected:.5}, {error:.1e} of {tolerance:.1e}"
-        );
-        assert!(
-            error <= tolerance,
-            "{name} {optimizer}, step {i}: {error:e}"
-        );
+        let distance = |loss: f64| (loss - expected).abs() / expected;
+        layouts = layouts.max(distance(others[0][i]));
+        gap = others.iter().map(|o| distance(o[i])).fold(gap, f64::max);
+        let error = distance(loss);
+        largest = largest.max(error);
+        let most = tolerance(gap);
+        println!("{name} {optimizer} {i}: {loss:.5}, {expected:.5}, {error:.1e} of {most:.1e}");
+        assert!(error <= most, "{name} {optimizer}, step {i}: {error:e}");
     }
+    let most = tolerance(layouts);
+    println!("{name} {optimizer}: {largest:.1e} of {most:.1e}");
+    assert!(largest <= most, "{name} {optimizer}: {largest:e}");
 }
 
 const CURVES: [&str; 4] = [

@@ -16,6 +16,8 @@
 //! made of two vectors by a shift and a mask, and nothing moves within vectors. A tile's three parts
 //! ([`split`]) follow each other, and so do the steps of a tile.
 
+mod emulated;
+
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
@@ -34,6 +36,9 @@ pub const TILE: usize = 3 * PART;
 pub const SUMS_WIDTH: usize = 2 * SIDE;
 /// Values of such a block.
 pub const SUMS: usize = SUMS_WIDTH * SUMS_WIDTH;
+
+/// In tests, products are computed in software where there are no units.
+pub const EMULATED: bool = cfg!(any(test, feature = "emulated"));
 
 /// Whether the processor has units, and the system lets this process use them.
 pub fn is_available() -> bool {
@@ -80,7 +85,10 @@ pub fn with_memory<R>(values: usize, f: impl FnOnce(*mut f32) -> R) -> R {
 }
 
 /// This thread's unit, with left tiles and sums of some rows; it is free again when this is dropped.
-pub struct Unit(PhantomData<*const ()>);
+pub struct Unit {
+    rows: usize,
+    thread: PhantomData<*const ()>,
+}
 
 /// One tile or two of a side: where their steps begin.
 #[derive(Clone, Copy)]
@@ -119,7 +127,14 @@ impl Unit {
     /// # Panics
     /// Where there is none, or a tile has not so many rows.
     pub fn new(rows: usize) -> Self {
-        assert!(is_available() && (1..=SIDE).contains(&rows));
+        assert!((EMULATED || is_available()) && (1..=SIDE).contains(&rows));
+        let unit = Self {
+            rows,
+            thread: PhantomData,
+        };
+        if unit.is_emulated() {
+            return unit;
+        }
         let mut configuration = Configuration {
             palette: 1,
             start_row: 0,
@@ -135,7 +150,11 @@ impl Unit {
         unsafe {
             asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack, readonly))
         };
-        Self(PhantomData)
+        unit
+    }
+
+    fn is_emulated(&self) -> bool {
+        EMULATED && !is_available()
     }
 
     /// The product of some left tiles with some right ones, stored as a block of sums or added to one.
@@ -152,8 +171,11 @@ impl Unit {
         soon: Soon,
     ) {
         debug_assert!(steps > 0);
-        // SAFETY: as the caller promises.
+        // SAFETY: as the caller promises; without AVX-512 nothing is split into tiles.
         unsafe {
+            if self.is_emulated() {
+                return emulated::multiply(self.rows, left, right, steps, sums, add);
+            }
             match [left.count, right.count] {
                 [2, 2] => two_by_two(left, right, steps, sums, add, soon),
                 [2, 1] => two_by_one(left, right, steps, sums, add, soon),
@@ -166,8 +188,10 @@ impl Unit {
 
 impl Drop for Unit {
     fn drop(&mut self) {
-        // SAFETY: there is a unit.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+        if !self.is_emulated() {
+            // SAFETY: there is a unit.
+            unsafe { asm!("tilerelease", options(nostack, nomem)) };
+        }
     }
 }
 

@@ -2,7 +2,12 @@ use pulp::{Arch, Simd, WithSimd};
 
 /// The environment variable that forces an instruction set.
 const VARIABLE: &str = "SCONCE_ISA";
-const NAMES: [&str; 3] = ["vectors", "avx2", "portable"];
+/// What it says: matrix units are asked for where they are computed in software.
+const NAMES: &[&str] = if cfg!(feature = "emulated") {
+    &["vectors", "avx2", "portable", "amx"]
+} else {
+    &["vectors", "avx2", "portable"]
+};
 
 /// The instruction set that kernels use.
 #[derive(Clone, Copy, Debug)]
@@ -15,7 +20,8 @@ pub struct Isa {
 impl Isa {
     /// The best that this machine has (AVX-512, AVX2 with FMA, NEON; products on AMX, where there is
     /// that). The environment variable `SCONCE_ISA` forces another: `vectors` leaves out matrix units,
-    /// `avx2` AVX-512 too, and `portable` is plain scalar code, which runs anywhere.
+    /// `avx2` AVX-512 too, and `portable` is plain scalar code, which runs anywhere. With the feature
+    /// `emulated`, `amx` are matrix units, in software where there are none.
     pub fn detect() -> Self {
         let name = std::env::var_os(VARIABLE).unwrap_or_default();
         if name == "portable" {
@@ -26,13 +32,28 @@ impl Isa {
             return isa.narrower();
         }
         #[cfg(target_arch = "x86_64")]
-        if name != "vectors" && isa.avx512().is_some() && super::amx::is_available() {
-            return Self {
-                matrix_unit: true,
-                ..isa
-            };
+        if name != "vectors" && super::amx::is_available() {
+            return isa.with_matrix_unit();
+        }
+        #[cfg(feature = "emulated")]
+        if name == "amx" {
+            return isa.with_matrix_unit();
         }
         isa
+    }
+
+    /// The same with products on matrix units, where there is AVX-512. Without such units they are computed in
+    /// software, which is slow, and only in tests.
+    #[cfg(any(test, feature = "emulated", target_arch = "x86_64"))]
+    pub(super) fn with_matrix_unit(self) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if super::amx::EMULATED || super::amx::is_available() {
+            return Self {
+                matrix_unit: self.avx512().is_some(),
+                ..self
+            };
+        }
+        self
     }
 
     /// Checks the environment variable `SCONCE_ISA`.
@@ -41,7 +62,7 @@ impl Isa {
     /// Where it has a value that [`Isa::detect`] does not know, and takes for none.
     pub fn check_environment() -> Result<(), String> {
         match std::env::var_os(VARIABLE) {
-            Some(name) if !name.is_empty() && NAMES.iter().all(|known| name != *known) => {
+            Some(name) if !name.is_empty() && NAMES.iter().all(|known| name != **known) => {
                 Err(format!(
                     "{VARIABLE}={}: no instruction set of that name; there are {}",
                     name.display(),

@@ -26,7 +26,7 @@ pub(super) const ACTIVATIONS: [Option<Activation>; 6] = [
 
 /// All that this machine has.
 fn isas() -> [Isa; 4] {
-    let best = Isa::detect();
+    let best = Isa::detect().with_matrix_unit();
     let vectors = best.vectors_only();
     [best, vectors, vectors.narrower(), Isa::portable()]
 }

@@ -4,6 +4,7 @@ no more than rounding.
 
     python tests/oracle/training.py gradients [NAME ...]
     python tests/oracle/training.py curves [NAME ...]
+    python tests/oracle/training.py exact [NAME ...]
     python tests/oracle/training.py optimizers
     python tests/oracle/training.py losses
 """
@@ -148,7 +149,7 @@ def batches():
     return list(zip(images, torch.tensor(labels).split(CURVE_BATCH)))
 
 
-def curve(name, optimizer, layout, nudge, data):
+def curve(name, optimizer, layout, nudge, data, dtype=torch.float32):
     network = NETWORKS[name]
     build = network.build
     network = type(network).__new__(type(network))
@@ -156,15 +157,15 @@ def curve(name, optimizer, layout, nudge, data):
     network.options = NETWORKS[name].options | {"num_classes": CLASSES}
     model = network.build(224, 224)
     fill(model, network, 224, 224)
-    without_dropout(model).to(memory_format=layout)
+    without_dropout(model).to(dtype, memory_format=layout)
     if optimizer == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     losses = []
     for images, labels in data:
-        images = nudged(images, nudge)
-        loss = functional.cross_entropy(model(images.to(memory_format=layout)), labels)
+        images = nudged(images, nudge).to(dtype, memory_format=layout)
+        loss = functional.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -189,6 +190,23 @@ def curves(names):
             result = json.loads(path.read_text()) if path.exists() else {}
             result.setdefault(name, {})[optimizer] = runs
             path.write_text(json.dumps(result) + "\n")
+
+
+def exact(names):
+    """How far the losses of float64 are from the first float32 run of curves.json: the largest distance
+    over twice the gap between the two memory layouts (no less than a thousandth), by that of the whole
+    curve and by the largest up to each step. Prints only."""
+    data = batches()
+    curves = json.loads((GOLDEN / "curves.json").read_text())
+    for name in names or CURVES:
+        for optimizer in ["sgd", "adamw"]:
+            first, second = np.array(curves[name][optimizer][:2])
+            losses = np.array(curve(name, optimizer, LAYOUTS[0], 0, data, torch.float64))
+            gaps = np.maximum.accumulate(np.abs(first - second) / first)
+            tolerances = np.maximum(2 * gaps, 1e-3)
+            distances = np.abs(losses - first) / first
+            whole, so_far = distances.max() / tolerances[-1], (distances / tolerances).max()
+            print(f"{name} {optimizer}: {whole:.2f}, up to each step {so_far:.2f}", flush=True)
 
 
 OPTIMIZERS = {
@@ -244,7 +262,7 @@ if __name__ == "__main__":
     if command == "gradients":
         for name in names or NETWORKS:
             gradients(name)
-    elif command == "curves":
-        curves(names)
+    elif command in ("curves", "exact"):
+        {"curves": curves, "exact": exact}[command](names)
     else:
         {"optimizers": optimizers, "losses": losses}[command]()

@@ -196,9 +196,9 @@ mod tests {
 
     #[test]
     fn products_are_those_of_vectors_and_nothing_is_touched_behind_them() {
-        let isa = Isa::detect();
+        let isa = Isa::detect().with_matrix_unit();
         if !isa.has_matrix_unit() {
-            return; // another processor
+            return; // no AVX-512
         }
         let mut rng = ChaCha8Rng::seed_from_u64(0);
         for case in 0..40 {
