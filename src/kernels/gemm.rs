@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use pulp::{Simd, WithSimd};
+use pulp::{NullaryFnOnce, Simd, WithSimd};
 
 use super::elementwise;
 use super::isa::{Isa, load, prefetch, prefetch_far, store};
@@ -729,6 +729,7 @@ const AHEAD: usize = 8;
 /// What is asked for while a panel is multiplied: the values behind it, which are the next panel's. They come
 /// from memory or a shared cache, which the first tile of that panel would wait for otherwise: a processor
 /// does not look that far ahead. Each tile asks for its share, a place for each row of weights.
+#[derive(Clone, Copy)]
 struct Next {
     at: *const f32,
     /// Values from a place to the next.
@@ -767,7 +768,59 @@ pub(super) fn tiles(count: usize, most: usize) -> [(usize, usize); 2] {
     [(size + 1, larger), (size, tiles - larger)]
 }
 
-/// All rows of one panel; the match is outside of the loop over tiles of a size.
+/// So many tiles of a size, from a row of a panel on.
+struct Tiles<'a, S> {
+    product: &'a Product<'a>,
+    simd: S,
+    panel: &'a Panel,
+    row: usize,
+    times: usize,
+    next: &'a mut Next,
+}
+
+impl<S: Simd> Tiles<'_, S> {
+    /// A function of its own for each size: all of them in one take the compiler three times as long.
+    ///
+    /// # Safety
+    /// The contract of [`gemm`]; there are so many rows.
+    #[inline(never)]
+    unsafe fn run<const TOP: usize, const BELOW: usize, const NV: usize, const CHAINS: bool>(self) {
+        self.simd
+            .vectorize(OfSize::<S, TOP, BELOW, NV, CHAINS>(self));
+    }
+}
+
+struct OfSize<'a, S, const TOP: usize, const BELOW: usize, const NV: usize, const CHAINS: bool>(
+    Tiles<'a, S>,
+);
+
+impl<S: Simd, const TOP: usize, const BELOW: usize, const NV: usize, const CHAINS: bool>
+    NullaryFnOnce for OfSize<'_, S, TOP, BELOW, NV, CHAINS>
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Tiles {
+            product,
+            simd,
+            panel,
+            row,
+            times,
+            next,
+        } = self.0;
+        // Here, so that it stays in registers.
+        let mut soon = *next;
+        for index in 0..times {
+            let row = row + index * (TOP + BELOW);
+            // SAFETY: the contract of `Tiles::run`.
+            unsafe { product.tile::<S, TOP, BELOW, NV, CHAINS>(simd, panel, row, &mut soon) };
+        }
+        *next = soon;
+    }
+}
+
+/// All rows of one panel, as tiles of two sizes.
 macro_rules! panel_in_tiles {
     ($name:ident, $vectors:literal, most $most:literal, $($top:literal + $below:literal)*) => {
         #[inline(always)]
@@ -775,16 +828,22 @@ macro_rules! panel_in_tiles {
             let mut row = 0;
             let mut next = self.next::<S>(panel, self.rows.inputs.len().div_ceil($most));
             for (size, times) in tiles(self.rows.inputs.len(), $most) {
+                let tiles = Tiles {
+                    product: self,
+                    simd,
+                    panel,
+                    row,
+                    times,
+                    next: &mut next,
+                };
                 match size {
-                    $(size if size == $top + $below => for _ in 0..times {
-                        // SAFETY: tiles cover the rows; the rest is the contract of `gemm`.
-                        unsafe {
-                            self.tile::<S, $top, $below, $vectors, CHAINS>(simd, panel, row, &mut next);
-                        }
-                        row += $top + $below;
+                    // SAFETY: tiles cover the rows; the rest is the contract of `gemm`.
+                    $(size if size == $top + $below => unsafe {
+                        tiles.run::<$top, $below, $vectors, CHAINS>();
                     },)*
                     _ => {}
                 }
+                row += size * times;
             }
         }
     };
