@@ -108,17 +108,19 @@ fn far_gradients(name: &str, way: Way) -> Vec<String> {
     let (rows, _) = numbers.as_chunks::<10>();
     assert_eq!(rows.len(), gradients.len(), "{name}");
     let total = rows.iter().map(|r| r[0] * r[0]).sum::<f64>().sqrt();
+    // Values of ±1 at random: a product with them is, on average, a third of the square.
+    let longest = gradients.values().map(Vec::len).max().unwrap();
+    let vectors = [0, 1, 2, 3, 4, 5, 6, 7]
+        .map(|i| uniform(&format!("projection {i}"), longest).collect::<Vec<_>>());
     let (mut worst, mut failed) = ((0.0, String::new()), Vec::new());
     for ((parameter, values), row) in gradients.iter().zip(rows) {
         let [norm, projections @ .., own_error] = row;
         if *norm < 1e-6 * total {
             continue;
         }
-        // Values of ±1 at random: a product with them is, on average, a third of the square.
-        let squares = projections.iter().enumerate().map(|(i, expected)| {
-            let vector = uniform(&format!("projection {i}"), values.len());
+        let squares = projections.iter().zip(&vectors).map(|(expected, vector)| {
             let products = values.iter().zip(vector);
-            let product: f64 = products.map(|(&a, b)| f64::from(a) * f64::from(b)).sum();
+            let product: f64 = products.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
             (product - expected).powi(2)
         });
         let error = (3.0 * squares.sum::<f64>() / projections.len() as f64).sqrt() / norm;
