@@ -2,7 +2,7 @@ use pulp::{Arch, Simd, WithSimd};
 
 /// The environment variable that forces an instruction set.
 const VARIABLE: &str = "SCONCE_ISA";
-/// What it says: matrix units are asked for where they are computed in software.
+/// What it can say. Matrix units are taken where there are some, and asked for where they would be software.
 const NAMES: &[&str] = if cfg!(feature = "emulated") {
     &["vectors", "avx2", "portable", "amx"]
 } else {
