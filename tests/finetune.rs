@@ -509,6 +509,10 @@ fn a_folder_that_holds_a_run_is_refused_and_changes_are_too() {
     );
     let error = refused(&and(&arguments, &["--resume", "--momentum", "0.5"]));
     assert!(error.contains("momentum is 0.5"), "{error}");
+    let run = out.to_str().unwrap();
+    let error = refused(&["finetune", run, "--resume"].map(String::from));
+    let advice = format!("{run} is a run and no data (go on with -o {run} --resume)");
+    assert!(error.contains(&advice), "{error}");
     // Through already: nothing changes.
     done(&and(&arguments, &["--resume"]));
     assert!(model(&out) == first);

@@ -402,6 +402,11 @@ fn prepare(global: &Global, arguments: &Arguments) -> anyhow::Result<Prepared> {
         };
         let path = out.join(CHECKPOINT_FILE);
         if !path.exists() {
+            if let Some(data) = &arguments.data
+                && Path::new(data).join(CHECKPOINT_FILE).exists()
+            {
+                bail!("--resume: {data} is a run and no data (go on with -o {data} --resume)");
+            }
             bail!(
                 "--resume: no {} (it begins to be there with the first epoch's end; start afresh with --force)",
                 path.display()
